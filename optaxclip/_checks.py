@@ -1,0 +1,27 @@
+"""Errors for bad arguments. Only concrete numbers are checked, never traced ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+
+
+def check(call: str, argument: str, value: Any, holds: Callable, rule: str) -> None:
+    """Raises ``ValueError`` unless ``holds`` of every concrete number in ``value``."""
+    if isinstance(value, jax.core.Tracer) or callable(value):
+        return
+    try:
+        numbers = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`{call}({argument}=...)` must be {rule}, got {value!r}."
+        ) from None
+    if not np.all(holds(numbers)):
+        raise ValueError(f"`{call}({argument}=...)` must be {rule}, got {value!r}.")
+
+
+def non_negative(call: str, argument: str, value: Any) -> None:
+    """Refuses negative numbers and NaN, which is not comparable."""
+    check(call, argument, value, lambda x: x >= 0, "non-negative")

@@ -1,0 +1,267 @@
+"""The kernel: measure, decide, apply, record.
+
+Every clip of the package is ``clip_by(norm, threshold, apply)``; what one clip has to
+hold, all hold, because it stands here once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import _gradients
+from optaxclip._thresholds import as_rule
+from optaxclip._thresholds.constant import Rule, Threshold
+
+PyTree = Any
+Norm = Callable[[PyTree], PyTree]
+Leaf = jax.Array
+Apply = Callable[[jax.Array, jax.Array], Callable[[Leaf], Leaf]]
+
+
+class ClipMetrics(NamedTuple):
+    """What a clip did in its last step: trees of the structure the norm returns."""
+
+    grad_norm: PyTree  # the norm of the updates before clipping
+    clip_threshold: PyTree  # the bound they were held to
+    clip_scale: PyTree  # min(1, threshold / norm): what they were multiplied by
+
+
+class ClipState(NamedTuple):
+    """State of :func:`clip_by`. Counters are int32 scalars and never wrap around."""
+
+    step_count: jax.Array  # updates so far
+    clip_count: jax.Array  # updates in which a finite norm was clipped
+    nonfinite_count: (
+        jax.Array
+    )  # updates with a norm of NaN, infinity, or 1e37 thresholds
+    rule_state: PyTree  # memory of the threshold rule
+    clip_metrics: ClipMetrics  # of the last update
+
+
+def rescale(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
+    r"""Multiplies by the scale: norm clipping.
+
+    .. math:: g \leftarrow s \cdot g, \quad s = \min(1, T / \|g\|)
+
+    The direction is kept. A leaf is multiplied in float32 (or wider) and rounded once,
+    so its norm afterwards is at most the threshold to within that rounding.
+
+    Args:
+      threshold: Not looked at; there because :func:`clamp` needs it.
+      scale: A scalar, or an array that broadcasts against the leaves.
+
+    Returns:
+      A function from a leaf to the clipped leaf: bit for bit the leaf for scale 1.
+    """
+    del threshold
+    within = _is_one(scale)
+
+    def clip(leaf: Leaf) -> Leaf:
+        wide = _gradients.widen(leaf, scale.dtype)
+        if jnp.iscomplexobj(leaf):
+            scaled = jax.lax.complex(wide.real * scale, wide.imag * scale)
+        else:
+            scaled = wide * scale
+        return jnp.where(within, leaf, scaled.astype(leaf.dtype))
+
+    return clip
+
+
+def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
+    r"""Cuts every element at the threshold: value clipping.
+
+    .. math:: g_i \leftarrow \min(\max(g_i, -T), T)
+
+    Meant for the max-norm, of which the scale then is the smallest that any element
+    gets. Complex elements are cut by modulus. An infinite element becomes
+    :math:`\pm T`, NaN stays NaN.
+
+    Args:
+      threshold: A scalar, or an array that broadcasts against the leaves.
+      scale: Not looked at; there because :func:`rescale` needs it.
+
+    Returns:
+      A function from a leaf to the clipped leaf.
+    """
+    del scale
+
+    def clip(leaf: Leaf) -> Leaf:
+        if jnp.iscomplexobj(leaf):
+            modulus = jnp.abs(leaf)
+            bound = threshold.astype(modulus.dtype)
+            return rescale(bound, clip_scale(modulus, bound))(leaf)
+        bound = threshold.astype(leaf.dtype)
+        return jnp.clip(leaf, -bound, bound)
+
+    return clip
+
+
+def clip_by(
+    norm: Norm, threshold: Threshold | Rule, apply: Apply = rescale
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips updates whose norm exceeds a threshold.
+
+    .. math:: g \leftarrow g \cdot \min(1, T / \|g\|)
+
+    Which norm (global, of each leaf, of each unit), how the threshold is chosen and
+    how it is enforced are three independent choices; each named clip is one such
+    choice.
+
+    Args:
+      norm: A function from a tree of gradients to a prefix tree of norms: each norm
+        is broadcast against the leaves below it.
+      threshold: A number, an array or a schedule (see :func:`optaxclip.constant`), or
+        a rule: an ``optax.GradientTransformation`` from norms to thresholds, whose
+        ``params`` are the norms of the parameters. Rules compose:
+        ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold.
+      apply: :func:`rescale` (the default) or :func:`clamp`.
+
+    Returns:
+      A transformation with :class:`ClipState`. It keeps the structure, shapes, dtypes
+      and shardings of the updates. Norms, thresholds and scales are float32 (float64
+      for float64 leaves), and updates are rounded once, to their own dtype.
+
+      ==========================  ==================================================
+      norm                        result
+      ==========================  ==================================================
+      at most the threshold       the updates, bit for bit
+      0, threshold 0              zeros
+      above 0, threshold 0        zeros
+      infinite                    as optax has it: zeros, NaN where it was infinite
+      NaN                         NaN in every leaf under this norm, as optax has it
+      of an empty tree            0
+      ==========================  ==================================================
+
+      A step with a norm that is not finite leaves the memory of the rule as it was.
+      Integer, ``float0`` and PRNG-key leaves, and the fp8 statistics of Flax, pass
+      through and are not counted.
+
+    Raises:
+      ValueError: at the update, if the updates have another tree structure than the
+        parameters given to ``init``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.clip_by(optaxclip.leaf_norm, 1.0)
+      >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates["w"], updates["b"])
+      [0.6 0.8] [0.5]
+    """
+    rule = as_rule(threshold)
+
+    def init(params: PyTree) -> ClipState:
+        norms = norm(_gradients.split(params).gradients)
+        return ClipState(
+            step_count=jnp.zeros((), jnp.int32),
+            clip_count=jnp.zeros((), jnp.int32),
+            nonfinite_count=jnp.zeros((), jnp.int32),
+            rule_state=rule.init(norms),
+            clip_metrics=ClipMetrics(
+                grad_norm=jax.tree.map(jnp.zeros_like, norms),
+                clip_threshold=jax.tree.map(_infinite_like, norms),
+                clip_scale=jax.tree.map(jnp.ones_like, norms),
+            ),
+        )
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, ClipState]:
+        gradients, restore = _gradients.split(updates)
+        like = state.clip_metrics.grad_norm
+        norms = _measure(norm, gradients, like, "updates")
+        parameter_norms = None
+        if params is not None:
+            parameters = _gradients.split(params).gradients
+            parameter_norms = _measure(norm, parameters, like, "params")
+        finite = _all(jax.tree.map(jnp.isfinite, norms))
+        known = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 0), norms)
+        thresholds, rule_state = rule.update(
+            known, state.rule_state, parameter_norms, **extra_args
+        )
+        thresholds = jax.tree.map(_bound, thresholds, norms)
+        scales = jax.tree.map(clip_scale, norms, thresholds)
+        clips = jax.tree.map(apply, thresholds, scales)
+        clipped = jax.tree.map(jax.tree.map, clips, gradients)
+        remembered = jax.tree.map(
+            functools.partial(jnp.where, finite), rule_state, state.rule_state
+        )
+        metrics = ClipMetrics(norms, thresholds, scales)
+        return restore(clipped), _record(state, remembered, metrics, finite)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_scale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    """min(1, threshold / norm), 1 for 0 / 0, with finite derivatives everywhere."""
+    within = norm <= threshold
+    return jnp.where(within, 1, threshold / jnp.where(within, 1, norm))
+
+
+def _is_one(scale: jax.Array) -> jax.Array:
+    return scale >= 1
+
+
+def _bound(threshold: jax.Array, norm: jax.Array) -> jax.Array:
+    """A threshold as the kernel uses it: of the norm's dtype, not negative."""
+    return jnp.maximum(threshold.astype(norm.dtype), 0)
+
+
+def _measure(norm: Norm, gradients: PyTree, like: PyTree, argument: str) -> PyTree:
+    """The norms, in the dtypes that the state holds them in."""
+    norms = norm(gradients)
+    if jax.tree.structure(norms) != jax.tree.structure(like):
+        new, old = _leaf_names(norms), _leaf_names(like)
+        raise ValueError(
+            f"`clip_by(...).update({argument}=...)` must have the tree structure of "
+            f"the parameters given to `init`, got leaves {sorted(new - old)} that "
+            f"`init` did not see, and none at {sorted(old - new)}."
+        )
+    return jax.tree.map(lambda n, as_: n.astype(as_.dtype), norms, like)
+
+
+def _leaf_names(tree: PyTree) -> set[str]:
+    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_gradients.name(path) for path, _ in paths_and_leaves}
+
+
+def _all(flags: PyTree) -> jax.Array:
+    flat = [jnp.all(flag) for flag in jax.tree.leaves(flags)]
+    if not flat:
+        return jnp.ones((), bool)
+    # The barrier keeps XLA from unrolling this into a chain, slow to compile.
+    return jnp.all(jax.lax.optimization_barrier(jnp.stack(flat)))
+
+
+def _infinite_like(norm: jax.Array) -> jax.Array:
+    return jnp.full_like(norm, jnp.inf)
+
+
+def _record(
+    state: ClipState, rule_state: PyTree, metrics: ClipMetrics, finite: jax.Array
+) -> ClipState:
+    # A scale that underflowed to 0 wiped its leaves out: as bad as a norm of infinity.
+    usable = finite & _all(
+        jax.tree.map(
+            lambda scale, threshold: (scale > 0) | (threshold == 0),
+            metrics.clip_scale,
+            metrics.clip_threshold,
+        )
+    )
+    unchanged = _all(jax.tree.map(_is_one, metrics.clip_scale))
+    return ClipState(
+        step_count=_count(state.step_count, True),
+        clip_count=_count(state.clip_count, usable & ~unchanged),
+        nonfinite_count=_count(state.nonfinite_count, ~usable),
+        rule_state=rule_state,
+        clip_metrics=metrics,
+    )
+
+
+def _count(counter: jax.Array, event: jax.Array | bool) -> jax.Array:
+    return jnp.where(event, optax.safe_increment(counter), counter)

@@ -1,0 +1,88 @@
+"""The rule `constant`: a threshold that does not look at the norms."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import _checks
+
+PyTree = Any
+Threshold = jax.typing.ArrayLike | optax.Schedule
+Rule = optax.GradientTransformation | optax.GradientTransformationExtraArgs
+
+
+class ScheduleState(NamedTuple):
+    """State of :func:`constant` on a schedule."""
+
+    schedule_step: jax.Array  # int32 scalar: how often the schedule was asked
+
+
+def constant(value: Threshold) -> optax.GradientTransformation:
+    r"""The same threshold for every norm: a number, an array or a schedule.
+
+    .. math:: T_t = v \quad\text{or}\quad T_t = v(t), \; t = 0, 1, \dots
+
+    Args:
+      value: A non-negative number; an array that broadcasts against every norm; or a
+        schedule ``step -> number``, asked with the number of earlier updates (steps
+        with a norm that is not finite not counted). A traced or scheduled number that
+        turns out negative clips as 0 does.
+
+    Returns:
+      A rule: a transformation from norms to thresholds of their shapes and dtypes.
+
+    Raises:
+      ValueError: ``value`` is a concrete negative number or NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> rule = optaxclip.constant(2.0)
+      >>> norms = jnp.float32(7.0)
+      >>> thresholds, state = rule.update(norms, rule.init(norms))
+      >>> print(thresholds)
+      2.0
+    """
+    _checks.non_negative("constant", "value", value)
+    if callable(value):
+        return _scheduled(value)
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> Any:
+        del params
+        return _filled_like(updates, value), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def as_rule(threshold: Threshold | Rule) -> optax.GradientTransformationExtraArgs:
+    """A rule as it is; a number, an array or a schedule as a :func:`constant`."""
+    if not isinstance(threshold, optax.GradientTransformation):
+        threshold = constant(threshold)
+    return optax.with_extra_args_support(threshold)
+
+
+def _scheduled(schedule: Callable) -> optax.GradientTransformation:
+    def init(params: PyTree) -> ScheduleState:
+        del params
+        return ScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> Any:
+        del params
+        thresholds = _filled_like(updates, schedule(state.schedule_step))
+        step = jnp.asarray(optax.safe_increment(state.schedule_step))
+        return thresholds, ScheduleState(step)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _filled_like(norms: PyTree, value: jax.typing.ArrayLike) -> PyTree:
+    def fill(norm: jax.Array) -> jax.Array:
+        array = jnp.asarray(value).astype(norm.dtype)
+        if not array.ndim:
+            return jnp.full_like(norm, array)
+        return jnp.zeros_like(norm) + jnp.broadcast_to(array, norm.shape)
+
+    return jax.tree.map(fill, norms)

@@ -1,0 +1,68 @@
+"""The rule `relative`: a threshold in proportion to the norm of the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import _checks
+from optaxclip._thresholds.constant import Threshold, as_rule
+
+PyTree = Any
+
+
+def relative(
+    ratio: Threshold, floor: jax.typing.ArrayLike = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    r"""A multiple of the norm of the parameters, measured as the gradients are.
+
+    .. math:: T = r \cdot \max(\|w\|, \epsilon)
+
+    Args:
+      ratio: The multiple :math:`r`: a number, an array or a schedule, as in
+        :func:`optaxclip.constant`.
+      floor: The least norm :math:`\epsilon` that parameters count with, so that those
+        which start at zero can leave it.
+
+    Returns:
+      A rule whose ``update`` needs the norms of the parameters, which
+      :func:`optaxclip.clip_by` measures when it is given ``params``.
+
+    Raises:
+      ValueError: ``ratio`` or ``floor`` is a concrete negative number or NaN; or, at
+        the update, ``params`` is missing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> rule = optaxclip.relative(0.01, floor=1e-3)
+      >>> norms, parameter_norms = jnp.float32(7.0), jnp.float32(5.0)
+      >>> thresholds, _ = rule.update(norms, rule.init(norms), parameter_norms)
+      >>> print(f"{thresholds:.3f}")
+      0.050
+
+    References:
+      Brock et al., `High-Performance Large-Scale Image Recognition Without
+      Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
+    """
+    _checks.non_negative("relative", "ratio", ratio)
+    _checks.non_negative("relative", "floor", floor)
+    ratios = as_rule(ratio)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> Any:
+        if params is None:
+            raise ValueError(
+                "`relative` compares gradients with parameters, but `params` is None: "
+                "call `update(updates, state, params)`."
+            )
+        ratio_of, state = ratios.update(updates, state, params, **extra_args)
+
+        def threshold(ratio: jax.Array, size: jax.Array) -> jax.Array:
+            return ratio * jnp.maximum(size, jnp.asarray(floor).astype(size.dtype))
+
+        return jax.tree.map(threshold, ratio_of, params), state
+
+    return optax.GradientTransformationExtraArgs(ratios.init, update)
