@@ -12,13 +12,8 @@ def check(call: str, argument: str, value: Any, holds: Callable, rule: str) -> N
     """Raises ``ValueError`` unless ``holds`` of every concrete number in ``value``."""
     if isinstance(value, jax.core.Tracer) or callable(value):
         return
-    try:
-        numbers = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"`{call}({argument}=...)` must be {rule}, got {value!r}."
-        ) from None
-    if not np.all(holds(numbers)):
+    numbers = np.asarray(value)
+    if numbers.dtype.kind not in "biufV" or not np.all(holds(numbers)):  # V: bfloat16
         raise ValueError(f"`{call}({argument}=...)` must be {rule}, got {value!r}.")
 
 

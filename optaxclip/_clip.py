@@ -94,8 +94,10 @@ def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
             modulus = jnp.abs(leaf)
             bound = threshold.astype(modulus.dtype)
             return rescale(bound, clip_scale(modulus, bound))(leaf)
-        bound = threshold.astype(leaf.dtype)
-        return jnp.clip(leaf, -bound, bound)
+        # 8-bit floats cannot hold every bound, and some of them no infinity.
+        wide = _gradients.widen(leaf, threshold.dtype) if leaf.itemsize == 1 else leaf
+        bound = threshold.astype(wide.dtype)
+        return jnp.clip(wide, -bound, bound).astype(leaf.dtype)
 
     return clip
 

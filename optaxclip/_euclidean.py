@@ -32,7 +32,7 @@ def joint_norm(leaves: Sequence[jax.Array]) -> jax.Array:
 
 def separate_norms(leaves: Sequence[jax.Array], axes: Sequence[Axes]) -> Arrays:
     """A scalar for a leaf whose axes are None, else the norms over these axes."""
-    return _norms(list(leaves), tuple(axes))
+    return _norms(list(leaves), tuple(axes)) if leaves else []
 
 
 # Compiled by itself when called eagerly: an eager loop would compile at every call.

@@ -1,6 +1,5 @@
 """Reading what the clips in an optimizer state did."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -121,10 +120,17 @@ def _plain(state: ClipState) -> ClipState:
 
 
 def _report(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
-    report = functools.partial(_report_of_one, per_leaf=per_leaf)
+    names: list[str] = []
+
+    def values(state: ClipState) -> list[jax.Array]:
+        report = _report_of_one(state, per_leaf)
+        names[:] = report  # which vmap would return sorted
+        return list(report.values())
+
     for _ in range(jnp.ndim(state.step_count)):  # stacked by vmap or pmap
-        report = jax.vmap(report)
-    return report(state._replace(rule_state=()))
+        values = jax.vmap(values)
+    results = values(state._replace(rule_state=()))
+    return dict(zip(names, results, strict=True))
 
 
 def _report_of_one(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:

@@ -1,0 +1,138 @@
+"""Every transform and every kind of tree that the contracts are tested on."""
+
+from typing import Any, NamedTuple
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optaxclip
+from optaxclip import unit_axes
+
+LOW = 0.05  # a threshold that every tree below exceeds at first
+HIGH = 1e6  # one that none reaches
+
+# name -> threshold -> transformation. A new transform gets a row here, and with it
+# every contract test. Adaptive ones take the threshold as their cap.
+TRANSFORMS = {
+    "clip_by_value": optaxclip.clip_by_value,
+    "clip_by_global_norm": optaxclip.clip_by_global_norm,
+    "clip_by_leaf_norm": optaxclip.clip_by_leaf_norm,
+    "clip_by_block_rms": optaxclip.clip_by_block_rms,
+    "adaptive_grad_clip": lambda t: optaxclip.adaptive_grad_clip(t, axis=last_axes),
+    "clip_by(global_norm, ord=1)": lambda t: optaxclip.clip_by(
+        lambda tree: optaxclip.global_norm(tree, ord=1), t
+    ),
+    "clip_by(leaf_norm, ord=inf)": lambda t: optaxclip.clip_by(
+        lambda tree: optaxclip.leaf_norm(tree, ord=np.inf), t
+    ),
+    "clip_by(unit_norm, lowest)": lambda t: optaxclip.clip_by(
+        lambda tree: optaxclip.unit_norm(tree, axis=last_axes),
+        optaxclip.lowest(optaxclip.relative(1.0, floor=t), t, lambda step: 2 * t),
+    ),
+}
+
+
+def last_axes(path: Any, leaf: Any) -> tuple[int, ...]:
+    """Units of leaves of any rank."""
+    return unit_axes.output_last(path, leaf)
+
+
+class Group(NamedTuple):
+    """A NamedTuple, as many trees hold one."""
+
+    kernel: Any
+    bias: Any
+
+
+def array(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
+    values = np.random.default_rng((seed, *shape)).normal(size=shape)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        values = values + 1j * np.random.default_rng((seed + 1, *shape)).normal(
+            size=shape
+        )
+    return jnp.asarray(values, dtype)
+
+
+def model(dtype: Any) -> Any:
+    return {
+        "dense": {"kernel": array(5, 3, dtype=dtype), "bias": array(3, dtype=dtype)},
+        "conv": array(2, 2, 3, 4, dtype=dtype),
+    }
+
+
+# name -> (does it need x64, a function that makes it)
+TREES = {
+    "float32": (False, lambda: model(jnp.float32)),
+    "bfloat16": (False, lambda: model(jnp.bfloat16)),
+    "float16": (False, lambda: model(jnp.float16)),
+    "float64": (True, lambda: model(jnp.float64)),
+    "complex64": (False, lambda: model(jnp.complex64)),
+    "complex128": (True, lambda: model(jnp.complex128)),
+    "float8": (False, lambda: model(jnp.float8_e4m3fn)),
+    "mixed": (
+        False,
+        lambda: (
+            [array(3, 2, dtype=d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)]
+            + [array(4, dtype=jnp.complex64)]
+        ),
+    ),
+    "mixed with float64": (
+        True,
+        lambda: [
+            array(3, 2),
+            array(4, dtype=jnp.float64),
+            array(2, dtype=jnp.bfloat16),
+        ],
+    ),
+    "scalars": (False, lambda: (array(), array(dtype=jnp.bfloat16, seed=1))),
+    "zero-size": (False, lambda: {"none": array(0, 3), "some": array(2, 3)}),
+    "only zero-size": (False, lambda: {"none": array(0, 3)}),
+    "empty": (False, dict),
+    "one array": (False, lambda: array(7)),
+    "None": (False, lambda: {"a": None, "b": array(4)}),
+    "MaskedNode": (False, lambda: {"a": optax.MaskedNode(), "b": array(4)}),
+    "integers and keys": (
+        False,
+        lambda: {
+            "integer": jnp.arange(3),
+            "bool": jnp.array([True, False]),
+            "key": jax.random.key(0),
+            "float0": np.zeros((2,), jax.dtypes.float0),
+            "float": array(4),
+        },
+    ),
+    "only integers": (False, lambda: {"integer": jnp.arange(3)}),
+    "fp8 statistics": (
+        False,
+        lambda: {"_overwrite_with_gradient": {"scale": array(1)}, "params": array(4)},
+    ),
+    "nested": (
+        False,
+        lambda: {"a": [Group(array(4, 2), (array(2), {"c": array()}))], "d": ()},
+    ),
+    "FrozenDict": (False, lambda: flax.core.freeze(model(jnp.float32))),
+}
+
+
+def is_gradient(path: Any, leaf: Any) -> bool:
+    overwritten = "_overwrite_with_gradient" in jax.tree_util.keystr(path)
+    return jnp.issubdtype(leaf.dtype, jnp.inexact) and not overwritten
+
+
+def split_leaves(tree: Any) -> tuple[list[Any], list[Any]]:
+    """The gradients of a tree, and its other leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    gradients = [x for path, x in leaves if is_gradient(path, x)]
+    return gradients, [x for path, x in leaves if not is_gradient(path, x)]
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()

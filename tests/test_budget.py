@@ -1,0 +1,112 @@
+"""What clipping costs, read from the compiled program: deterministic, no clock."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optaxclip
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the budgets are for programs of the CPU"
+)
+
+
+def gpt_like(dtype, layers=6, width=512, vocabulary=4096):
+    """The shapes of a decoder-only Transformer of 21 M parameters."""
+
+    def of(*shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    layer = {
+        "qkv": of(width, 3 * width),
+        "out": of(width, width),
+        "up": of(width, 4 * width),
+        "down": of(4 * width, width),
+        "up_bias": of(4 * width),
+        "down_bias": of(width),
+        "norm_1": of(width),
+        "norm_2": of(width),
+    }
+    return {
+        "embedding": of(vocabulary, width),
+        "norm": of(width),
+        "layers": [layer] * layers,
+    }
+
+
+def compiled_step(tx, params):
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(grads, params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step.lower(params, params, jax.eval_shape(tx.init, params)).compile()
+
+
+@functools.cache
+def cost(name, dtype=jnp.float32):
+    """Bytes accessed and temporary bytes of a step, in units of the gradients."""
+    clips = {
+        "adamw": [],
+        "optax": [optax.clip_by_global_norm(1.0)],
+        "optaxclip": [optaxclip.clip_by_global_norm(1.0)],
+        "value": [optaxclip.clip_by_value(1.0)],
+        "leaf": [optaxclip.clip_by_leaf_norm(1.0)],
+        "rms": [optaxclip.clip_by_block_rms(1.0)],
+    }
+    params = gpt_like(dtype)
+    grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    assert grad_bytes >= 20e6 * jnp.dtype(dtype).itemsize
+    with jax.numpy_dtype_promotion("standard"):
+        program = compiled_step(optax.chain(*clips[name], optax.adamw(1e-3)), params)
+    return (
+        program.cost_analysis()["bytes accessed"] / grad_bytes,
+        program.memory_analysis().temp_size_in_bytes / grad_bytes,
+    )
+
+
+@pytest.mark.parametrize("name", ["optaxclip", "value", "leaf", "rms"])
+def test_a_clip_reads_the_gradients_once_and_copies_nothing(name):
+    accessed, temporary = cost(name)
+    assert accessed - cost("adamw")[0] <= 1.05
+    assert temporary <= 0.02
+
+
+def test_optax_is_what_the_budget_was_set_against():
+    """If this fails, optax has become cheaper: the README says otherwise."""
+    accessed, temporary = cost("optax")
+    assert accessed - cost("adamw")[0] > 4.5
+    assert temporary > 0.9
+
+
+def test_bfloat16_is_no_worse_than_optax():
+    ours, theirs = cost("optaxclip", jnp.bfloat16), cost("optax", jnp.bfloat16)
+    assert ours[0] <= 1.005 * theirs[0]
+    assert ours[1] <= 1.005 * theirs[1]
+
+
+def test_a_thousand_leaves_compile_to_no_more_than_optax():
+    params = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(1000)}
+
+    def size(clip):
+        with jax.numpy_dtype_promotion("standard"):
+            text = compiled_step(optax.chain(clip, optax.adamw(1e-3)), params).as_text()
+        return len(re.findall(r"^\s+(?:ROOT )?%?\S+ = ", text, re.MULTILINE))
+
+    ours, theirs = (
+        size(optaxclip.clip_by_global_norm(1.0)),
+        size(optax.clip_by_global_norm(1.0)),
+    )
+    assert ours <= 1.1 * theirs
+
+
+def test_a_clip_makes_no_callback_and_no_sort():
+    text = compiled_step(
+        optaxclip.clip_by_global_norm(1.0),
+        {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+    ).as_text()
+    assert not re.search(r"custom-call.*callback|\bsort\(|outfeed|infeed", text)

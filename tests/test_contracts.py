@@ -1,0 +1,238 @@
+"""The contracts that every transform keeps, on every kind of tree."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import HIGH, LOW, TRANSFORMS, TREES, assert_same_bits, split_leaves
+
+import optaxclip
+
+every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+
+
+@pytest.fixture(params=TREES)
+def tree(request):
+    needs_x64, make_tree = TREES[request.param]
+    with jax.enable_x64(needs_x64):
+        yield make_tree()
+
+
+def shapes_and_dtypes(tree):
+    return jax.tree.map(
+        lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree
+    )
+
+
+@every_transform
+def test_output_has_the_structure_shapes_and_dtypes_of_the_input(make, tree):
+    tx = make(LOW)
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    assert jax.tree.structure(updates) == jax.tree.structure(tree)
+    assert shapes_and_dtypes(updates) == shapes_and_dtypes(tree)
+
+
+@every_transform
+def test_below_the_threshold_updates_are_bit_identical(make, tree):
+    tx = make(HIGH)
+    updates, state = jax.jit(tx.update)(tree, tx.init(tree), tree)
+    assert_same_bits(updates, tree)
+    assert state.clip_count == 0
+    assert all(
+        np.all(scale == 1) for scale in jax.tree.leaves(state.clip_metrics.clip_scale)
+    )
+
+
+@every_transform
+def test_above_the_threshold_it_clips_and_counts(make, tree):
+    gradients, _ = split_leaves(tree)
+    if not sum(x.size for x in gradients):
+        pytest.skip("nothing to clip")
+    tx = make(LOW)
+    updates, state = tx.update(tree, tx.init(tree), tree)
+    clipped, _ = split_leaves(updates)
+    assert state.clip_count == state.step_count == 1
+    assert state.nonfinite_count == 0
+    for before, after in zip(gradients, clipped, strict=True):
+        wide = [np.abs(np.asarray(x).astype(np.complex128)) for x in (before, after)]
+        assert np.all(wide[1] <= wide[0])
+    assert any(np.any(b != a) for b, a in zip(gradients, clipped, strict=True))
+
+
+@every_transform
+def test_leaves_that_are_no_gradients_pass_through_and_are_not_counted(make, tree):
+    gradients, others = split_leaves(tree)
+    tx = make(LOW)
+    updates, state = tx.update(tree, tx.init(tree), tree)
+    assert_same_bits(split_leaves(updates)[1], others)
+    _, alone = tx.update(gradients, tx.init(gradients), gradients)
+    for x, y in zip(
+        jax.tree.leaves(state.clip_metrics),
+        jax.tree.leaves(alone.clip_metrics),
+        strict=True,
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+@every_transform
+def test_state_keeps_its_structure_shapes_and_dtypes(make, tree):
+    tx = make(LOW)
+    initial = tx.init(tree)
+    state = initial
+    for _ in range(3):
+        _, state = tx.update(tree, state, tree)
+        assert jax.tree.structure(state) == jax.tree.structure(initial)
+        assert shapes_and_dtypes(state) == shapes_and_dtypes(initial)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+
+
+@every_transform
+def test_statistics_are_float32_or_for_float64_leaves_float64(make, tree):
+    gradients, _ = split_leaves(tree)
+    wide = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}
+    has_wide = any(x.dtype in wide for x in gradients)
+    state = make(LOW).init(tree)
+    dtypes = {x.dtype for x in jax.tree.leaves(state.clip_metrics)}
+    assert dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)}
+    assert (jnp.dtype(jnp.float64) in dtypes) == has_wide
+
+
+@every_transform
+def test_no_buffer_is_shared_and_both_can_be_donated(make, tree):
+    tx = make(LOW)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(updates, state, params):
+        return tx.update(updates, state, params)
+
+    state = tx.init(tree)
+    buffers = [
+        leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size
+    ]
+    assert len(set(buffers)) == len(buffers)
+    _, state = step(tree, state, tree)
+    _, state = step(tree, state, tree)
+    assert state.step_count == 2
+
+
+@every_transform
+def test_jit_scan_and_vmap_agree_with_eager(make):
+    tx = make(0.5)
+    steps = {
+        "w": jnp.linspace(-1, 1, 24).reshape(4, 3, 2),
+        "b": jnp.linspace(0, 1, 8).reshape(4, 2),
+    }
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+
+    def one(state, updates):
+        updates, state = tx.update(updates, state, params)
+        return state, (updates, state)
+
+    state, expected = tx.init(params), []
+    for i in range(4):
+        state, out = one(state, jax.tree.map(lambda x, i=i: x[i], steps))
+        expected.append(out)
+    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *expected)
+    _, scanned = jax.lax.scan(jax.jit(one), tx.init(params), steps)
+    fresh = tx.init(params)
+    mapped = jax.vmap(lambda u: tx.update(u, fresh, params)[0])(steps)
+    for actual in (scanned[0], mapped):
+        for x, y in zip(
+            jax.tree.leaves(actual), jax.tree.leaves(expected[0]), strict=True
+        ):
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+    for x, y in zip(
+        jax.tree.leaves(scanned[1]), jax.tree.leaves(expected[1]), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+@every_transform
+def test_traces_once(make):
+    tx, traces = make(LOW), 0
+    params = {"w": jnp.ones((3, 2))}
+
+    @jax.jit
+    def step(updates, state):
+        nonlocal traces
+        traces += 1
+        return tx.update(updates, state, params)
+
+    state = tx.init(params)
+    for i in range(10):
+        _, state = step({"w": jnp.full((3, 2), float(i))}, state)
+    assert traces == 1
+
+
+@every_transform
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-30])
+def test_the_gradient_through_a_clip_is_finite(make, value):
+    tx = make(0.1)
+    params = {"w": jnp.ones((3, 2))}
+
+    def loss(w, dtype=jnp.float32):
+        updates, _ = tx.update({"w": w.astype(dtype)}, tx.init(params), params)
+        w = updates["w"].astype(jnp.float32)
+        return jnp.sum(jnp.square(w)) + jnp.sum(w)
+
+    for f in (loss, functools.partial(loss, dtype=jnp.bfloat16)):
+        w = jnp.full((3, 2), value)
+        assert np.all(np.isfinite(jax.grad(f)(w)))
+        assert np.all(np.isfinite(jax.jvp(f, (w,), (jnp.ones_like(w),))[1]))
+        if value != 1e-30:  # whose inverse square is infinite
+            twice = jax.grad(lambda w, f=f: jnp.sum(jax.grad(f)(w)))
+            assert np.all(np.isfinite(twice(w)))
+
+
+@every_transform
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_step_is_counted_and_leaves_the_rule_as_it_was(make, bad):
+    tx = make(LOW)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    _, state = tx.update(params, tx.init(params), params)
+    bad_updates = {"w": params["w"].at[1, 1].set(bad), "b": params["b"]}
+    updates, after = tx.update(bad_updates, state, params)
+    assert_same_bits(after.rule_state, state.rule_state)
+    assert (after.nonfinite_count, after.clip_count, after.step_count) == (1, 1, 2)
+    if np.isnan(bad):
+        assert not np.all(np.isfinite(updates["w"]))  # a clip alone lets it through
+
+
+@every_transform
+def test_a_clip_within_optax_wrappers(make):
+    """Masked, partitioned, accumulated, named: the state survives, the clip clips."""
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones((2,))}
+    wrappers = [
+        lambda tx: optax.masked(tx, {"a": True, "b": False}),
+        lambda tx: optax.partition(
+            {"x": tx, "y": optax.identity()}, {"a": "x", "b": "y"}
+        ),
+        lambda tx: optax.MultiSteps(tx, 2),
+        lambda tx: optax.named_chain(("clip", tx), ("sgd", optax.sgd(1.0))),
+        lambda tx: optax.chain(tx, optax.adam(1e-3)),
+    ]
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps of optax needs it
+        for wrap in wrappers:
+            tx = wrap(make(LOW))
+            state = tx.init(params)
+            structure = jax.tree.structure(state)
+            for _ in range(4):
+                _, state = jax.jit(tx.update)(params, state, params)
+            assert jax.tree.structure(state) == structure
+            count = optax.tree.get(state, "clip_count")
+            assert count == (2 if "MultiSteps" in type(state).__name__ else 4)
+
+
+@every_transform
+@pytest.mark.parametrize(
+    "name", optaxclip.ClipState._fields + optaxclip.ClipMetrics._fields
+)
+def test_field_names_are_found_once_beside_an_optimizer(make, name):
+    # Parameters with names that a state must not use.
+    params = {"scale": jnp.ones((3, 2)), "norm": jnp.ones(2), "count": jnp.ones(2)}
+    tx = optax.chain(make(LOW), optax.adamw(1e-3))
+    found = optax.tree.get_all_with_path(tx.init(params), name)
+    assert len(found) == 1

@@ -1,0 +1,208 @@
+"""Norms against NumPy in float64, at the extremes, in every dtype, and their slopes."""
+
+import functools
+import math
+
+import hypothesis
+import hypothesis.extra.numpy
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import array, model
+
+import optaxclip
+from optaxclip import unit_axes
+
+ORDS = [1, 2, math.inf]
+
+
+def reference(arrays, ord, axis=None):
+    """The norm in float64 and of no more than one line a case."""
+    if axis is None:
+        flat = np.concatenate(
+            [np.ravel(np.asarray(x).astype(np.complex128)) for x in arrays]
+        )
+        return np.linalg.norm(flat, ord)
+    modulus = np.abs(np.asarray(arrays[0]).astype(np.complex128))
+    powers = {1: np.sum, 2: lambda x, **k: np.sqrt(np.sum(x**2, **k)), math.inf: np.max}
+    return powers[ord](modulus, axis=axis, keepdims=True)
+
+
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+def test_norms_equal_numpy(dtype, ord):
+    tree = model(dtype)
+    leaves = jax.tree.leaves(tree)
+    np.testing.assert_allclose(
+        optaxclip.global_norm(tree, ord=ord), reference(leaves, ord), rtol=1e-6
+    )
+    norms = jax.tree.leaves(optaxclip.leaf_norm(tree, ord=ord))
+    units = jax.tree.leaves(optaxclip.unit_norm(tree, unit_axes.output_last, ord=ord))
+    for leaf, norm, unit in zip(leaves, norms, units, strict=True):
+        np.testing.assert_allclose(norm, reference([leaf], ord), rtol=1e-6)
+        axes = tuple(range(max(leaf.ndim - 1, 1)))
+        np.testing.assert_allclose(unit, reference([leaf], ord, axes), rtol=1e-6)
+        assert norm.dtype == unit.dtype == jnp.float32
+
+
+def test_leaf_rms_equals_numpy():
+    leaf = array(5, 3)
+    np.testing.assert_allclose(
+        optaxclip.leaf_rms([leaf])[0], np.sqrt(np.mean(np.square(leaf))), rtol=1e-6
+    )
+
+
+def test_float64_leaves_are_measured_in_float64():
+    with jax.enable_x64(True):
+        leaf = array(9, dtype=jnp.float64)
+        assert optaxclip.global_norm([leaf]) == pytest.approx(
+            np.linalg.norm(np.asarray(leaf)), rel=1e-15
+        )
+        wide = optaxclip.leaf_norm([leaf, array(3)])
+        assert [n.dtype for n in wide] == [jnp.float64, jnp.float32]
+        assert optaxclip.global_norm([leaf * 1e300]) == pytest.approx(
+            1e300 * np.linalg.norm(np.asarray(leaf)), rel=1e-14
+        )
+
+
+def test_many_bfloat16_leaves_are_summed_in_float32():
+    leaves = [jnp.ones((), jnp.bfloat16)] * 2000
+    assert optaxclip.global_norm(leaves) == pytest.approx(math.sqrt(2000), rel=1e-6)
+
+
+@hypothesis.given(st.integers(-125, 126), st.sampled_from(["float32", "bfloat16"]))
+def test_the_2_norm_is_right_over_the_whole_range(exponent, dtype):
+    leaf = jnp.asarray(np.ldexp([1.0, 0.5, 1.0], exponent), dtype)
+    expected = np.ldexp(1.5, exponent)
+    np.testing.assert_allclose(optaxclip.global_norm([leaf]), expected, rtol=3e-7)
+
+
+@hypothesis.given(st.integers(-62, 126), st.integers(-62, 126))
+def test_each_leaf_is_measured_in_its_own_range(first, second):
+    leaves = [
+        jnp.asarray(np.ldexp([1.0, 0.5, 1.0], e), jnp.float32) for e in (first, second)
+    ]
+    expected = [np.ldexp(1.5, e) for e in (first, second)]
+    np.testing.assert_allclose(optaxclip.leaf_norm(leaves), expected, rtol=3e-7)
+    units = jnp.stack(leaves)
+    actual = optaxclip.unit_norm(units, axis=1)
+    np.testing.assert_allclose(actual[:, 0], expected, rtol=3e-7)
+
+
+@pytest.mark.parametrize("exponent", [-70, -63, -40, 0, 40, 63, 64, 100])
+def test_small_elements_beside_large_ones_are_not_lost(exponent):
+    """A sum that partly underflowed is taken again: the error stays at rounding."""
+    values = np.ldexp(np.concatenate([[1.0], np.full(4096, 2.0**-6)]), exponent)
+    leaf = jnp.asarray(values, jnp.float32)
+    np.testing.assert_allclose(
+        optaxclip.global_norm([leaf]), np.linalg.norm(values), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("norm", [optaxclip.global_norm, optaxclip.leaf_norm])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_elements_show(norm, bad, ord):
+    (result,) = jax.tree.leaves(norm(jnp.array([1.0, bad, 2.0]), ord=ord))
+    np.testing.assert_equal(float(result), bad)
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_nothing_has_norm_zero(ord):
+    assert optaxclip.global_norm({}, ord=ord) == 0
+    assert optaxclip.global_norm([jnp.zeros((0, 3))], ord=ord) == 0
+    assert optaxclip.leaf_norm([jnp.zeros((0, 3))], ord=ord)[0] == 0
+    assert optaxclip.leaf_rms([jnp.zeros((0, 3))])[0] == 0
+    assert optaxclip.leaf_norm({}, ord=ord) == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        optaxclip.global_norm,
+        optaxclip.leaf_norm,
+        functools.partial(optaxclip.unit_norm, axis=0),
+        optaxclip.leaf_rms,
+    ],
+)
+def test_slopes_equal_finite_differences(norm, dtype):
+    tree = {"a": array(4, 3, dtype=dtype), "b": array(4, dtype=dtype)}
+    direction = {
+        "a": array(4, 3, dtype=dtype, seed=5),
+        "b": array(4, dtype=dtype, seed=6),
+    }
+
+    def total(t):
+        with jax.numpy_dtype_promotion("standard"):
+            x = jax.tree.map(lambda x, d: x + t * d, tree, direction)
+        return sum(jnp.sum(n) for n in jax.tree.leaves(norm(x)))
+
+    slope = jax.jvp(total, (0.0,), (1.0,))[1]
+    numeric = (total(1e-2) - total(-1e-2)) / 2e-2
+    np.testing.assert_allclose(slope, numeric, rtol=1e-3)
+    np.testing.assert_allclose(jax.grad(total)(0.0), slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [optaxclip.global_norm, optaxclip.leaf_norm])
+def test_vmap_measures_each_example_in_its_own_range(norm):
+    batch = jnp.array([[3.0, 4.0], [3e30, 4e30], [3e-30, 4e-30], [0.0, 0.0]])
+    batch = batch[:3] if norm is optaxclip.leaf_norm else batch
+    norms = jax.vmap(norm)(batch)
+    expected = [5.0, 5e30, 5e-30, 0.0][: len(batch)]
+    if norm is optaxclip.leaf_norm:
+        expected[2] = 0.0  # documented: below 1e-19 a leaf may count as zero
+    np.testing.assert_allclose(norms, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "expected"),
+    [
+        (None, (), ()),
+        (None, (7,), (1,)),
+        (None, (1, 7), (1, 1)),
+        (None, (5, 7), (1, 7)),
+        (None, (2, 5, 7), (1, 5, 7)),
+        (None, (2, 3, 5, 7), (1, 1, 1, 7)),
+        (None, (2, 3, 4, 5, 7), (1, 1, 1, 1, 7)),
+        (-1, (5, 7), (5, 1)),
+        ((0, -1), (5, 6, 7), (1, 6, 1)),
+        (unit_axes.output_last, (3, 5, 7), (1, 1, 7)),
+        (unit_axes.output_last, (7,), (1,)),
+        (unit_axes.output_first, (7, 5, 3), (7, 1, 1)),
+        (unit_axes.output_first, (7,), (1,)),
+        (unit_axes.stacked(unit_axes.output_last), (4, 5, 7), (4, 1, 7)),
+        (unit_axes.stacked(unit_axes.output_last), (4, 7), (4, 1)),
+        (unit_axes.stacked(unit_axes.by_rank), (4, 2, 3, 5, 7), (4, 1, 1, 1, 7)),
+    ],
+)
+def test_unit_axes(axis, shape, expected):
+    assert optaxclip.unit_norm(jnp.ones(shape), axis=axis).shape == expected
+
+
+def test_unit_axes_of_flax_attention():
+    tree = {
+        "attention": {
+            "query": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))},
+            "out": {"kernel": jnp.ones((2, 4, 8))},
+        },
+        "conv": {"kernel": jnp.ones((3, 5, 7))},
+    }
+    shapes = jax.tree.map(jnp.shape, optaxclip.unit_norm(tree, axis=unit_axes.flax))
+    assert shapes["attention"]["query"]["kernel"] == (1, 2, 4)
+    assert shapes["attention"]["out"]["kernel"] == (1, 1, 8)
+    assert shapes["conv"]["kernel"] == (1, 1, 7)
+
+
+def test_unit_axes_as_a_prefix_tree():
+    tree = {
+        "a": [jnp.ones((5, 7)), jnp.ones((2, 5, 7))],
+        "b": jnp.ones((5, 7)),
+        "c": None,
+    }
+    axis = {"a": 0, "b": (0, 1), "c": None}
+    norms = optaxclip.unit_norm(tree, axis=axis)
+    assert [n.shape for n in norms["a"]] == [(1, 7), (1, 5, 7)]
+    assert norms["b"].shape == (1, 1)
