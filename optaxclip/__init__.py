@@ -1,19 +1,36 @@
 """Gradient clipping for JAX that is right everywhere and tells you what it did."""
 
+from optaxclip import rules as rules
 from optaxclip import unit_axes as unit_axes
+from optaxclip._adaptive import adagc as adagc
+from optaxclip._adaptive import autoclip as autoclip
+from optaxclip._adaptive import clip_by_percentile as clip_by_percentile
+from optaxclip._adaptive import zclip as zclip
 from optaxclip._clip import ClipMetrics as ClipMetrics
 from optaxclip._clip import ClipState as ClipState
 from optaxclip._clip import clamp as clamp
 from optaxclip._clip import clip_by as clip_by
 from optaxclip._clip import rescale as rescale
 from optaxclip._metrics import metrics as metrics
+from optaxclip._named_skips import skip_nonfinite as skip_nonfinite
+from optaxclip._named_skips import skip_spikes as skip_spikes
 from optaxclip._norms import global_norm as global_norm
 from optaxclip._norms import leaf_norm as leaf_norm
 from optaxclip._norms import leaf_rms as leaf_rms
 from optaxclip._norms import unit_norm as unit_norm
+from optaxclip._skip import GuardedStep as GuardedStep
+from optaxclip._skip import SkipMetrics as SkipMetrics
+from optaxclip._skip import SkipState as SkipState
+from optaxclip._skip import guarded_step as guarded_step
+from optaxclip._skip import skip_by as skip_by
 from optaxclip._thresholds import constant as constant
+from optaxclip._thresholds import ema as ema
 from optaxclip._thresholds import lowest as lowest
+from optaxclip._thresholds import quantile as quantile
 from optaxclip._thresholds import relative as relative
+from optaxclip._thresholds import tracked_quantile as tracked_quantile
+from optaxclip._thresholds import window_zscore as window_zscore
+from optaxclip._thresholds import zscore as zscore
 from optaxclip._transforms import adaptive_grad_clip as adaptive_grad_clip
 from optaxclip._transforms import clip_by_block_rms as clip_by_block_rms
 from optaxclip._transforms import clip_by_global_norm as clip_by_global_norm

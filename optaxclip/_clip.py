@@ -4,7 +4,6 @@ Every clip of the package is ``clip_by(norm, threshold, apply)``; what one clip 
 hold, all hold, because it stands here once.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _gradients
+from optaxclip._decide import Norm, all_of, count_if, decide, infinite_like
 from optaxclip._thresholds import as_rule
 from optaxclip._thresholds.constant import Rule, Threshold
 
 PyTree = Any
-Norm = Callable[[PyTree], PyTree]
 Leaf = jax.Array
 Apply = Callable[[jax.Array, jax.Array], Callable[[Leaf], Leaf]]
 
@@ -166,7 +165,7 @@ def clip_by(
             rule_state=rule.init(norms),
             clip_metrics=ClipMetrics(
                 grad_norm=jax.tree.map(jnp.zeros_like, norms),
-                clip_threshold=jax.tree.map(_infinite_like, norms),
+                clip_threshold=jax.tree.map(infinite_like, norms),
                 clip_scale=jax.tree.map(jnp.ones_like, norms),
             ),
         )
@@ -176,25 +175,14 @@ def clip_by(
     ) -> tuple[PyTree, ClipState]:
         gradients, restore = _gradients.split(updates)
         like = state.clip_metrics.grad_norm
-        norms = _measure(norm, gradients, like, "updates")
-        parameter_norms = None
-        if params is not None:
-            parameters = _gradients.split(params).gradients
-            parameter_norms = _measure(norm, parameters, like, "params")
-        finite = _all(jax.tree.map(jnp.isfinite, norms))
-        known = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 0), norms)
-        thresholds, rule_state = rule.update(
-            known, state.rule_state, parameter_norms, **extra_args
+        norms, thresholds, finite, memory = decide(
+            norm, gradients, params, like, rule, state.rule_state, extra_args
         )
-        thresholds = jax.tree.map(_bound, thresholds, norms)
         scales = jax.tree.map(clip_scale, norms, thresholds)
         clips = jax.tree.map(apply, thresholds, scales)
         clipped = jax.tree.map(jax.tree.map, clips, gradients)
-        remembered = jax.tree.map(
-            functools.partial(jnp.where, finite), rule_state, state.rule_state
-        )
         metrics = ClipMetrics(norms, thresholds, scales)
-        return restore(clipped), _record(state, remembered, metrics, finite)
+        return restore(clipped), _record(state, memory, metrics, finite)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -209,61 +197,22 @@ def _is_one(scale: jax.Array) -> jax.Array:
     return scale >= 1
 
 
-def _bound(threshold: jax.Array, norm: jax.Array) -> jax.Array:
-    """A threshold as the kernel uses it: of the norm's dtype, not negative."""
-    return jnp.maximum(threshold.astype(norm.dtype), 0)
-
-
-def _measure(norm: Norm, gradients: PyTree, like: PyTree, argument: str) -> PyTree:
-    """The norms, in the dtypes that the state holds them in."""
-    norms = norm(gradients)
-    if jax.tree.structure(norms) != jax.tree.structure(like):
-        new, old = _leaf_names(norms), _leaf_names(like)
-        raise ValueError(
-            f"`clip_by(...).update({argument}=...)` must have the tree structure of "
-            f"the parameters given to `init`, got leaves {sorted(new - old)} that "
-            f"`init` did not see, and none at {sorted(old - new)}."
-        )
-    return jax.tree.map(lambda n, as_: n.astype(as_.dtype), norms, like)
-
-
-def _leaf_names(tree: PyTree) -> set[str]:
-    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_gradients.name(path) for path, _ in paths_and_leaves}
-
-
-def _all(flags: PyTree) -> jax.Array:
-    flat = [jnp.all(flag) for flag in jax.tree.leaves(flags)]
-    if not flat:
-        return jnp.ones((), bool)
-    # The barrier keeps XLA from unrolling this into a chain, slow to compile.
-    return jnp.all(jax.lax.optimization_barrier(jnp.stack(flat)))
-
-
-def _infinite_like(norm: jax.Array) -> jax.Array:
-    return jnp.full_like(norm, jnp.inf)
-
-
 def _record(
     state: ClipState, rule_state: PyTree, metrics: ClipMetrics, finite: jax.Array
 ) -> ClipState:
     # A scale that underflowed to 0 wiped its leaves out: as bad as a norm of infinity.
-    usable = finite & _all(
+    usable = finite & all_of(
         jax.tree.map(
             lambda scale, threshold: (scale > 0) | (threshold == 0),
             metrics.clip_scale,
             metrics.clip_threshold,
         )
     )
-    unchanged = _all(jax.tree.map(_is_one, metrics.clip_scale))
+    unchanged = all_of(jax.tree.map(_is_one, metrics.clip_scale))
     return ClipState(
-        step_count=_count(state.step_count, True),
-        clip_count=_count(state.clip_count, usable & ~unchanged),
-        nonfinite_count=_count(state.nonfinite_count, ~usable),
+        step_count=count_if(True, state.step_count),
+        clip_count=count_if(usable & ~unchanged, state.clip_count),
+        nonfinite_count=count_if(~usable, state.nonfinite_count),
         rule_state=rule_state,
         clip_metrics=metrics,
     )
-
-
-def _count(counter: jax.Array, event: jax.Array | bool) -> jax.Array:
-    return jnp.where(event, optax.safe_increment(counter), counter)

@@ -23,7 +23,8 @@ def name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _is_gradient(path: tuple[Any, ...], leaf: Any) -> bool:
+def is_gradient(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a leaf is to be counted and clipped."""
     if any(getattr(entry, "key", None) == _OVERWRITTEN for entry in path):
         return False
     dtype = getattr(leaf, "dtype", None)
@@ -42,7 +43,7 @@ class Split(NamedTuple):
 def split(tree: PyTree) -> Split:
     """Separates the gradients of ``tree`` from its other leaves."""
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    keep = [_is_gradient(path, leaf) for path, leaf in paths_and_leaves]
+    keep = [is_gradient(path, leaf) for path, leaf in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
 
     def restore(gradients: PyTree) -> PyTree:

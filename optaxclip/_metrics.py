@@ -1,5 +1,6 @@
 """Reading what the clips in an optimizer state did."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -7,15 +8,18 @@ import jax.numpy as jnp
 
 from optaxclip import _gradients
 from optaxclip._clip import ClipState, clip_scale
+from optaxclip._skip import SkipState
 
 PyTree = Any
 
+_UNREAD = ("rule_state", "skip_rule_state", "inner_state")  # large, and not scalars
+
 
 def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array]:
-    r"""What every clip in an optimizer state did, as flat scalars for any logger.
+    r"""What the clips and skips of an optimizer did, as flat scalars for any logger.
 
     Args:
-      opt_state: Any pytree that holds clips: the state of ``optax.chain``,
+      opt_state: Any pytree that holds clips or skips: the state of ``optax.chain``,
         ``named_chain``, ``masked``, ``partition``, ``MultiSteps`` or
         ``inject_hyperparams``, a Flax ``TrainState``, or an ``nnx.Optimizer``.
       per_leaf: Adds the first four keys below once more for every leaf of a clip
@@ -38,15 +42,29 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       ``clip_fraction``          ``clip_count / step_count``, 0 before the first step
       =========================  ====================================================
 
-      The first five tell of the last update, the others of all. A clip with several
-      norms (of leaves, of units) reports the one that exceeds its threshold most, so
-      that ``clip_scale`` is the smallest scale. Before the first update the norm is
-      0, the threshold infinite and the scale 1.
+      A skip adds five more:
+
+      =========================  ====================================================
+      ``skip_norm``              the norm that decided
+      ``skip_threshold``         the threshold it was held to
+      ``skip_count``             steps skipped since the start
+      ``skipped_in_a_row``       steps skipped since the last that was not
+      ``skip_nonfinite_count``   of the skipped, those with a norm not finite
+      =========================  ====================================================
+
+      A clip inside a skip is not run on a skipped step, so that it tells of the last
+      step that was made.
+
+      Counters tell of all updates, other values of the last. A clip with several norms
+      (of leaves, of units) reports the one that exceeds its threshold most, so that
+      ``clip_scale`` is the smallest scale. Before the first update the norm is 0, the
+      threshold infinite and the scale 1.
 
       *Names.* A single clip has no prefix. With several, each key is prefixed by
       where its clip stands: the keys of ``named_chain`` and ``partition`` and the
       positions in ``chain``, from the outside in, joined by ``/``:
-      ``before/grad_norm``, ``0/grad_norm``, ``1/0/grad_norm``. Wrappers add nothing,
+      ``before/grad_norm``, ``0/grad_norm``, ``1/0/grad_norm``; clips and skips are
+      counted apart. Wrappers add nothing,
       unless two clips would share a name; then every attribute on the way is named.
 
       *Stacked states.* In a state stacked by ``vmap`` or ``pmap`` every value has the
@@ -74,33 +92,43 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       nonfinite_count       0
       clip_fraction         1
     """
-    clips = _find(getattr(opt_state, "opt_state", opt_state))
-    if not clips:
+    opt_state = getattr(opt_state, "opt_state", opt_state)
+    clips, skips = _named(opt_state, ClipState), _named(opt_state, SkipState)
+    if not clips and not skips:
         raise ValueError(
             "`metrics(opt_state=...)` must hold the state of an optaxclip "
             f"transformation, got {jax.tree.structure(opt_state)}."
         )
     report = {}
-    for prefix, state in clips.items():
-        values = _report(state, per_leaf)
+    for prefix, state in (clips | skips).items():
+        values = _unstacked(state, per_leaf)
         report |= {f"{prefix}{name}": value for name, value in values.items()}
     return report
 
 
-def _find(opt_state: PyTree) -> dict[str, ClipState]:
-    """Every clip state, by its prefix."""
-    paths_and_nodes, _ = jax.tree_util.tree_flatten_with_path(
-        opt_state, is_leaf=lambda node: isinstance(node, ClipState)
-    )
-    found = [
-        (path, _plain(n)) for path, n in paths_and_nodes if isinstance(n, ClipState)
-    ]
+def _named(opt_state: PyTree, kind: type) -> dict[str, Any]:
+    """Every state of a kind, by its prefix."""
+    found = list(_find(opt_state, kind, ()))
     if len(found) == 1:
-        return {"": found[0][1]}
-    short = {f"{_gradients.name(_places(path))}/": state for path, state in found}
-    if len(short) == len(found):
-        return short
-    return {f"{_gradients.name(path)}/": state for path, state in found}
+        return {"": _plain(found[0][1])}
+    short = {f"{_gradients.name(_places(path))}/" for path, _ in found}
+    unique = len(short) == len(found)
+    return {
+        f"{_gradients.name(_places(path) if unique else path)}/": _plain(state)
+        for path, state in found
+    }
+
+
+def _find(tree: PyTree, kind: type, at: tuple[Any, ...]) -> Iterator[Any]:
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, kind)
+    )
+    for path, node in nodes:
+        if isinstance(node, kind):
+            yield at + path, node
+            inner = getattr(node, "inner_state", ())
+            inside = jax.tree_util.GetAttrKey("inner_state")
+            yield from _find(inner, kind, (*at, *path, inside))
 
 
 def _places(path: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -108,32 +136,45 @@ def _places(path: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(e for e in path if not isinstance(e, jax.tree_util.GetAttrKey))
 
 
-def _plain(state: ClipState) -> ClipState:
-    """The state with arrays in place of the variables that Flax NNX wraps them in."""
+def _plain(state: Any) -> Any:
+    """A state with arrays in place of the variables that Flax NNX wraps them in."""
 
     def is_variable(node: Any) -> bool:
         return hasattr(node, "get_value")
 
+    fields = state._replace(**{name: () for name in _UNREAD if hasattr(state, name)})
     return jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, state, is_leaf=is_variable
+        lambda x: x.get_value() if is_variable(x) else x, fields, is_leaf=is_variable
     )
 
 
-def _report(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
+def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
     names: list[str] = []
 
-    def values(state: ClipState) -> list[jax.Array]:
-        report = _report_of_one(state, per_leaf)
+    def values(state: Any) -> list[jax.Array]:
+        is_clip = isinstance(state, ClipState)
+        report = _of_clip(state, per_leaf) if is_clip else _of_skip(state)
         names[:] = report  # which vmap would return sorted
         return list(report.values())
 
-    for _ in range(jnp.ndim(state.step_count)):  # stacked by vmap or pmap
+    for _ in range(jnp.ndim(state[0])):  # stacked by vmap or pmap
         values = jax.vmap(values)
-    results = values(state._replace(rule_state=()))
-    return dict(zip(names, results, strict=True))
+    return dict(zip(names, values(state), strict=True))
 
 
-def _report_of_one(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
+def _of_skip(state: SkipState) -> dict[str, jax.Array]:
+    metrics = (jax.tree.leaves(tree) for tree in state.skip_metrics)
+    worst = _worst(_stacked([_worst(_Row(*row)) for row in zip(*metrics, strict=True)]))
+    return {
+        "skip_norm": worst.norm,
+        "skip_threshold": worst.threshold,
+        "skip_count": state.skip_count,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "skip_nonfinite_count": state.skip_nonfinite_count,
+    }
+
+
+def _of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
     norms, thresholds, _ = state.clip_metrics
     paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(norms)
     paths = [path for path, _ in paths_and_norms]
@@ -146,7 +187,7 @@ def _report_of_one(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
     worst = [_worst(row) for row in rows]
     exceeding = sum((jnp.sum(row.norm > row.threshold) for row in rows), jnp.int32(0))
     report = {
-        **_named(_worst(_stacked(worst))),
+        **_values(_worst(_stacked(worst))),
         "clipped_norm_fraction": exceeding / max(sum(row.norm.size for row in rows), 1),
         "step_count": state.step_count,
         "clip_count": state.clip_count,
@@ -155,7 +196,7 @@ def _report_of_one(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
     }
     if per_leaf and any(paths):  # a norm without a path is the only one
         for path, row in zip(paths, worst, strict=True):
-            report |= _named(row, f"/{_gradients.name(path)}")
+            report |= _values(row, f"/{_gradients.name(path)}")
     return report
 
 
@@ -193,7 +234,7 @@ def _stacked(rows: list[_Row]) -> _Row:
     )
 
 
-def _named(row: _Row, suffix: str = "") -> dict[str, jax.Array]:
+def _values(row: _Row, suffix: str = "") -> dict[str, jax.Array]:
     return {
         f"grad_norm{suffix}": row.norm,
         f"clipped_grad_norm{suffix}": jnp.minimum(row.norm, row.threshold),

@@ -32,6 +32,28 @@ TRANSFORMS = {
         lambda tree: optaxclip.unit_norm(tree, axis=last_axes),
         optaxclip.lowest(optaxclip.relative(1.0, floor=t), t, lambda step: 2 * t),
     ),
+    "clip_by_percentile": lambda t: optaxclip.clip_by_percentile(95, 20, max_norm=t),
+    "clip_by_percentile(leaf)": lambda t: optaxclip.clip_by_percentile(
+        95, 5, max_norm=t, norm=optaxclip.leaf_norm
+    ),
+    "autoclip": lambda t: optaxclip.autoclip(10, 20, max_norm=t),
+    "zclip": lambda t: optaxclip.zclip(warmup=2, max_norm=t),
+    "adagc": lambda t: optaxclip.clip_by(
+        optaxclip.leaf_norm, optaxclip.lowest(optaxclip.ema(warmup=2), t)
+    ),
+    "clip_by(unit_norm, tracked_quantile)": lambda t: optaxclip.clip_by(
+        lambda tree: optaxclip.unit_norm(tree, axis=last_axes),
+        optaxclip.lowest(optaxclip.tracked_quantile(0.9, 0.05), t),
+    ),
+    "clip_by(window_zscore * 2)": lambda t: optaxclip.clip_by(
+        optaxclip.global_norm,
+        optaxclip.lowest(
+            optax.chain(
+                optaxclip.window_zscore(window=4, min_count=2), optax.scale(2.0)
+            ),
+            t,
+        ),
+    ),
 }
 
 

@@ -1,0 +1,92 @@
+"""Measure and decide: the first half of clipping and of skipping."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import _gradients
+
+PyTree = Any
+Norm = Callable[[PyTree], PyTree]
+
+
+class Decision(NamedTuple):
+    """What was measured and what it is held to."""
+
+    norms: PyTree
+    thresholds: PyTree  # of the norms' structure, shapes and dtypes; not negative
+    finite: jax.Array  # whether all norms are
+    rule_state: PyTree  # the rule's new memory; the old one if a norm is not finite
+
+
+def decide(
+    norm: Norm,
+    gradients: PyTree,
+    params: PyTree,
+    like: PyTree,
+    rule: optax.GradientTransformationExtraArgs,
+    rule_state: PyTree,
+    extra_args: dict[str, Any],
+) -> Decision:
+    """Measures gradients (and parameters, if given) and asks the rule for thresholds.
+
+    ``like`` holds norms of the structure and dtypes that the state has had from the
+    start. The rule sees 0 in place of a norm that is not finite, and forgets that step.
+    """
+    norms = _measure(norm, gradients, like, "updates")
+    parameter_norms = None
+    if params is not None:
+        parameters = _gradients.split(params).gradients
+        parameter_norms = _measure(norm, parameters, like, "params")
+    finite = all_of(jax.tree.map(jnp.isfinite, norms))
+    known = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 0), norms)
+    thresholds, new_state = rule.update(
+        known, rule_state, parameter_norms, **extra_args
+    )
+    thresholds = jax.tree.map(_bound, thresholds, norms)
+    kept = jax.tree.map(functools.partial(jnp.where, finite), new_state, rule_state)
+    return Decision(norms, thresholds, finite, kept)
+
+
+def all_of(flags: PyTree) -> jax.Array:
+    """Whether all elements of all leaves are true."""
+    flat = [jnp.all(flag) for flag in jax.tree.leaves(flags)]
+    if not flat:
+        return jnp.ones((), bool)
+    # The barrier keeps XLA from unrolling this into a chain, slow to compile.
+    return jnp.all(jax.lax.optimization_barrier(jnp.stack(flat)))
+
+
+def count_if(event: jax.Array | bool, counter: jax.Array) -> jax.Array:
+    """The counter, one higher after an event, but never beyond its largest value."""
+    return jnp.where(event, optax.safe_increment(counter), counter)
+
+
+def infinite_like(norm: jax.Array) -> jax.Array:
+    """Infinity in the shape and dtype of a norm."""
+    return jnp.full_like(norm, jnp.inf)
+
+
+def _measure(norm: Norm, gradients: PyTree, like: PyTree, argument: str) -> PyTree:
+    norms = norm(gradients)
+    if jax.tree.structure(norms) != jax.tree.structure(like):
+        new, old = _leaf_names(norms), _leaf_names(like)
+        raise ValueError(
+            f"`update({argument}=...)` must have the tree structure of the parameters "
+            f"given to `init`, got leaves {sorted(new - old)} that `init` did not see, "
+            f"and none at {sorted(old - new)}."
+        )
+    return jax.tree.map(lambda n, as_: n.astype(as_.dtype), norms, like)
+
+
+def _bound(threshold: jax.Array, norm: jax.Array) -> jax.Array:
+    return jnp.maximum(threshold.astype(norm.dtype), 0)
+
+
+def _leaf_names(tree: PyTree) -> set[str]:
+    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_gradients.name(path) for path, _ in paths_and_leaves}

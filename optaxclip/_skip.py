@@ -1,0 +1,250 @@
+"""Skipping: the dual of clipping, with the same two slots.
+
+Zeroed gradients are not a skip: momentum still moves the parameters, decay still
+shrinks them, and NaN times zero is NaN. A skipped step leaves the inner state as it
+was, bit for bit.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import _gradients
+from optaxclip._decide import Norm, all_of, count_if, decide, infinite_like
+from optaxclip._norms import global_norm
+from optaxclip._thresholds import as_rule
+from optaxclip._thresholds.constant import Rule, Threshold
+
+PyTree = Any
+
+
+class SkipMetrics(NamedTuple):
+    """What a skip looked at in its last step: trees as the norm returns them."""
+
+    skip_norm: PyTree
+    skip_threshold: PyTree  # beyond which a step is skipped
+
+
+class SkipState(NamedTuple):
+    """State of :func:`skip_by`. Counters are int32 scalars and never wrap around."""
+
+    skip_count: jax.Array  # steps skipped since the start
+    skipped_in_a_row: jax.Array  # steps skipped since the last that was not
+    skip_nonfinite_count: jax.Array  # of the skipped, those with a norm not finite
+    skip_rule_state: PyTree  # memory of the threshold rule
+    skip_metrics: SkipMetrics  # of the last step
+    inner_state: PyTree  # as the last step that was not skipped left it
+
+
+class GuardedStep(NamedTuple):
+    """A step that owns the parameters, see :func:`guarded_step`."""
+
+    init: Callable[[PyTree], SkipState]
+    step: Callable[..., tuple[PyTree, SkipState]]
+
+
+def skip_by(
+    inner: optax.GradientTransformation,
+    norm: Norm = global_norm,
+    threshold: Threshold | Rule = jnp.inf,
+    *,
+    watch_loss: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Skips whole steps whose norm exceeds a threshold or is not finite.
+
+    .. math:: (u, s) \leftarrow \begin{cases} \mathrm{inner}(g, s) &
+              \|g\| \le T \\ (0, s) & \text{else, NaN and infinity included}\end{cases}
+
+    Args:
+      inner: The transformation to guard: usually the whole optimizer, its clip
+        included. Anything with ``init`` and ``update``, ``optax.MultiSteps`` too.
+      norm: As in :func:`optaxclip.clip_by`; with several norms, one that exceeds its
+        threshold is enough.
+      threshold: As in :func:`optaxclip.clip_by`. The rule remembers skipped norms as
+        it sees fit, so that one which rises with what it sees lets training go on at a
+        new level; norms that are not finite it never sees.
+      watch_loss: Holds the loss to the same rule, by a memory of its own: pass it as
+        ``update(updates, state, params, loss=loss)``. A loss that is not finite skips
+        the step too. Meant for positive losses and adaptive rules.
+
+    Returns:
+      A transformation with :class:`SkipState`. After a skip the updates are zeros of
+      the dtypes that ``inner`` returns, and ``inner_state`` is bit for bit what it was:
+      counts, moments, schedules. Leaves that are no gradients pass through. The inner
+      transformation is not run at all (``lax.cond``), except under ``vmap``.
+
+      ==========================  ==================================================
+      norm                        result
+      ==========================  ==================================================
+      at most the threshold       what ``inner`` returns
+      above it, infinite or NaN   zeros, ``inner_state`` unchanged
+      of an empty tree            0: never skipped
+      ==========================  ==================================================
+
+    Raises:
+      ValueError: at the update, with ``watch_loss`` and without ``loss``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> tx = optaxclip.skip_by(optax.sgd(1.0), threshold=10.0)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for grads in [jnp.ones(2), 100 * jnp.ones(2), jnp.nan * jnp.ones(2)]:
+      ...     updates, state = tx.update(grads, state, params)
+      ...     print(updates, state.skip_count)
+      [-1. -1.] 0
+      [0. 0.] 1
+      [0. 0.] 2
+    """
+    inner = optax.with_extra_args_support(inner)
+    guard = _Guard(inner, norm, as_rule(threshold), watch_loss)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, SkipState]:
+        def run(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+            return inner.update(updates, inner_state, params, **extra_args)
+
+        def stay(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+            like, _ = jax.eval_shape(run, inner_state)
+            return jax.tree_util.tree_map_with_path(_zeros, updates, like), inner_state
+
+        return guard.choose(run, stay, updates, state, params, extra_args)
+
+    return optax.GradientTransformationExtraArgs(guard.init, update)
+
+
+def guarded_step(
+    inner: optax.GradientTransformation,
+    norm: Norm = global_norm,
+    threshold: Threshold | Rule = jnp.inf,
+    *,
+    watch_loss: bool = False,
+) -> GuardedStep:
+    r"""The step of :func:`skip_by` and ``optax.apply_updates`` in one, and cheaper.
+
+    A transformation has to return updates, so a skip has to write zeros and the loop
+    to add them. Where a loop owns its parameters it need not: this function takes
+    parameters and gives parameters, and a skipped step touches neither them nor the
+    state.
+
+    Args:
+      inner: As in :func:`skip_by`.
+      norm: As in :func:`skip_by`.
+      threshold: As in :func:`skip_by`.
+      watch_loss: As in :func:`skip_by`.
+
+    Returns:
+      A pair of functions. ``init(params)`` gives the :class:`SkipState` that
+      :func:`skip_by` gives, and :func:`optaxclip.metrics` reads.
+      ``step(updates, state, params, **extra_args)`` gives new parameters and a new
+      state. Donate both.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> guarded = optaxclip.guarded_step(optax.sgd(1.0))
+      >>> params = jnp.zeros(2)
+      >>> state = guarded.init(params)
+      >>> for grads in [jnp.ones(2), jnp.nan * jnp.ones(2)]:
+      ...     params, state = guarded.step(grads, state, params)
+      ...     print(params, state.skip_count)
+      [-1. -1.] 0
+      [-1. -1.] 1
+    """
+    inner = optax.with_extra_args_support(inner)
+    guard = _Guard(inner, norm, as_rule(threshold), watch_loss)
+
+    def step(
+        updates: PyTree, state: Any, params: PyTree, **extra_args: Any
+    ) -> tuple[PyTree, SkipState]:
+        def run(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+            changes, new = inner.update(updates, inner_state, params, **extra_args)
+            return optax.apply_updates(params, changes), new
+
+        def stay(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+            return params, inner_state
+
+        return guard.choose(run, stay, updates, state, params, extra_args)
+
+    return GuardedStep(guard.init, step)
+
+
+class _Guard(NamedTuple):
+    """What decides on a skip, and remembers."""
+
+    inner: optax.GradientTransformationExtraArgs
+    norm: Norm
+    rule: optax.GradientTransformationExtraArgs
+    watch_loss: bool
+
+    def init(self, params: PyTree) -> SkipState:
+        norms = self._norm(jnp.zeros((), jnp.float32))(
+            _gradients.split(params).gradients
+        )
+        return SkipState(
+            skip_count=jnp.zeros((), jnp.int32),
+            skipped_in_a_row=jnp.zeros((), jnp.int32),
+            skip_nonfinite_count=jnp.zeros((), jnp.int32),
+            skip_rule_state=self.rule.init(norms),
+            skip_metrics=SkipMetrics(
+                skip_norm=jax.tree.map(jnp.zeros_like, norms),
+                skip_threshold=jax.tree.map(infinite_like, norms),
+            ),
+            inner_state=self.inner.init(params),
+        )
+
+    def choose(
+        self,
+        run: Callable[[PyTree], tuple[PyTree, PyTree]],
+        stay: Callable[[PyTree], tuple[PyTree, PyTree]],
+        updates: PyTree,
+        state: SkipState,
+        params: PyTree,
+        extra_args: dict[str, Any],
+    ) -> tuple[PyTree, SkipState]:
+        """What ``run(inner_state)`` gives, or on a bad step ``stay(inner_state)``."""
+        norms, thresholds, finite, memory = decide(
+            self._norm(extra_args.get("loss")),
+            _gradients.split(updates).gradients,
+            params,
+            state.skip_metrics.skip_norm,
+            self.rule,
+            state.skip_rule_state,
+            extra_args,
+        )
+        within = jax.tree.map(lambda norm, bound: norm <= bound, norms, thresholds)
+        good = finite & all_of(within)
+        result, inner_state = jax.lax.cond(good, run, stay, state.inner_state)
+        in_a_row = jnp.where(good, 0, count_if(~good, state.skipped_in_a_row))
+        return result, SkipState(
+            skip_count=count_if(~good, state.skip_count),
+            skipped_in_a_row=in_a_row,
+            skip_nonfinite_count=count_if(~finite, state.skip_nonfinite_count),
+            skip_rule_state=memory,
+            skip_metrics=SkipMetrics(norms, thresholds),
+            inner_state=inner_state,
+        )
+
+    def _norm(self, loss: Any) -> Norm:
+        if not self.watch_loss:
+            return self.norm
+        if loss is None:
+            raise ValueError(
+                "`skip_by(watch_loss=True)` compares losses, but `loss` is None: call "
+                "`update(updates, state, params, loss=loss)`."
+            )
+        scalar = jnp.asarray(loss).astype(jnp.float32)
+        return lambda tree: {"grad_norm": self.norm(tree), "loss": scalar}
+
+
+def _zeros(path: tuple[Any, ...], update: Any, like: Any) -> Any:
+    if not _gradients.is_gradient(path, update):
+        return update
+    return jnp.zeros_like(update, like.dtype)

@@ -1,0 +1,119 @@
+r"""What the rules that remember norms share.
+
+A norm beyond the bound of its rule is *outlying*. What it is clipped to (the
+*response*) and what is remembered in its place (the *record*) are two independent
+choices, each one of these functions ``(norm, mean, bound) -> value``, applied element
+by element where ``norm > bound``:
+
+====================  ==============================================================
+function              an outlying norm becomes
+====================  ==============================================================
+:func:`at_bound`      the bound
+:func:`at_mean`       the mean
+:func:`reciprocal`    the nearer to the mean, the further out it is (ZClip)
+:func:`unchanged`     itself: not clipped, or remembered raw
+====================  ==============================================================
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+Number = jax.typing.ArrayLike
+Outlying = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def at_bound(norm: jax.Array, mean: jax.Array, bound: jax.Array) -> jax.Array:
+    """The bound, however far beyond it the norm is."""
+    del norm, mean
+    return bound
+
+
+def at_mean(
+    norm: jax.Array, mean: jax.Array, bound: jax.Array, eps: float = 0.0
+) -> jax.Array:
+    """The mean; a norm at most ``eps`` beyond the bound is left as it is."""
+    return jnp.where(norm > bound + eps, mean, norm)
+
+
+def reciprocal(
+    norm: jax.Array,
+    mean: jax.Array,
+    bound: jax.Array,
+    eps: float = 0.0,
+    factor: float = 1.0,
+) -> jax.Array:
+    r"""Between bound and mean, the nearer to the mean the further out the norm is.
+
+    .. math:: \mu + \frac{(b - \mu)^2}{n - \mu}
+
+    With :math:`b = \mu + z^* \sigma` and :math:`z = (n - \mu) / \sigma` this is ZClip's
+    :math:`\mu + z^{*2} \sigma / z`. ``eps`` and ``factor`` belong to the published
+    code, see :func:`optaxclip.zscore`; there ``eps`` is :math:`10^{-6} z^*`.
+    """
+    reach = bound - mean + eps
+    within = norm - mean <= reach
+    ratio = reach / jnp.where(within, 1, norm - mean)
+    return jnp.where(within, norm, factor * (mean + (bound - mean) * ratio))
+
+
+def unchanged(norm: jax.Array, mean: jax.Array, bound: jax.Array) -> jax.Array:
+    """The norm itself."""
+    del mean, bound
+    return norm
+
+
+def where_outlying(
+    outlying: Outlying,
+    norm: jax.Array,
+    mean: jax.Array,
+    bound: jax.Array,
+    otherwise: jax.Array,
+) -> jax.Array:
+    """``outlying(...)`` of the norms beyond their bound, ``otherwise`` elsewhere."""
+    return jnp.where(norm > bound, outlying(norm, mean, bound), otherwise)
+
+
+def per_norm(
+    state_type: Any,
+    init_one: Callable[[jax.Array], Any],
+    update_one: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+) -> optax.GradientTransformation:
+    """A rule from its functions for one norm; each state field is a tree of norms."""
+
+    def gather(treedef: Any, states: list[Any]) -> Any:
+        empty = [()] * len(state_type._fields)
+        fields = zip(*states, strict=True) if states else empty
+        return state_type(*(treedef.unflatten(field) for field in fields))
+
+    def init(params: PyTree) -> Any:
+        norms, treedef = jax.tree.flatten(params)
+        return gather(treedef, [init_one(jnp.asarray(norm)) for norm in norms])
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> Any:
+        del params
+        norms, treedef = jax.tree.flatten(updates)
+        fields = [treedef.flatten_up_to(field) for field in state]
+        parts = [state_type(*part) for part in zip(*fields, strict=True)]
+        results = [
+            update_one(jnp.asarray(norm), part)
+            for norm, part in zip(norms, parts, strict=True)
+        ]
+        thresholds = treedef.unflatten([threshold for threshold, _ in results])
+        return thresholds, gather(treedef, [new for _, new in results])
+
+    return optax.GradientTransformation(init, update)
+
+
+def like(value: Number, norm: jax.Array) -> jax.Array:
+    """A number in the dtype of a norm."""
+    return jnp.asarray(value).astype(norm.dtype)
+
+
+def is_count(number: Any) -> Any:
+    """Whether a number is a whole one of at least 1."""
+    return (number >= 1) & (number % 1 == 0)

@@ -1,0 +1,190 @@
+"""The rule `quantile`: a quantile of the last norms, exactly."""
+
+import fractions
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip import _checks
+from optaxclip._thresholds._memory import Number, PyTree, per_norm
+
+
+class QuantileState(NamedTuple):
+    """State of :func:`quantile`: trees of the structure of the norms."""
+
+    quantile_ring: PyTree  # (window, *norm.shape): the norms as they came, else inf
+    quantile_sorted: PyTree  # the same in ascending order
+    quantile_slot: PyTree  # int32: where in the ring the next norm goes
+    quantile_count: PyTree  # int32: how many norms the ring holds
+
+
+def quantile(
+    q: Number,
+    window: int,
+    *,
+    include_current: bool = False,
+    min_count: int = 1,
+) -> optax.GradientTransformation:
+    r"""A quantile of the last norms: the threshold most of them stayed below.
+
+    .. math::
+
+        T = x_{(j)} + (h - j) \, (x_{(j+1)} - x_{(j)}), \quad
+        h = q \, (m - 1), \; j = \lfloor h \rfloor
+
+    where :math:`x_{(0)} \le \dots \le x_{(m-1)}` are the last :math:`m \le N` norms in
+    ascending order: ``numpy.quantile`` of them, with its default linear interpolation
+    (type 7 of Hyndman and Fan). Of norms that come independently from one distribution
+    a share of about :math:`1 - q + (2q - 1) / (m + 1)` exceeds it.
+
+    Raw norms are recorded, so it follows a lasting rise within :math:`(1 - q) N` steps
+    and a fall within :math:`q N`. As long as the window, once full, holds no more than
+    :math:`\lfloor (1 - q)(N - 1) \rfloor` spikes, it is at most the largest other norm.
+    An update moves no recorded norm by more than one place, so nothing is sorted: its
+    cost is in proportion to ``window``.
+
+    Args:
+      q: The quantile, a number in [0, 1]: 0.95 lets about 95 % of the norms pass. A
+        traced number is held to that range and has the precision of its dtype.
+      window: How many norms are remembered, :math:`N`: an integer of at least 1. It is
+        the shape of the state, so ``optax.inject_hyperparams`` needs it, and
+        ``min_count``, in its ``static_args``.
+      include_current: Whether a norm is recorded before its own threshold is chosen, as
+        AutoClip has it, or after (the default), so that it can't raise its own bound.
+      min_count: While fewer norms are recorded, from 1 to ``window``, the threshold is
+        infinite; ``optaxclip.lowest(rule, cap)`` puts a cap on it. The default 1 bounds
+        the second norm by the first. To wait longer spares few steps from being clipped
+        for want of data, :math:`(2q - 1) \sum_m 1 / (m + 1)`, that is 1.7 for
+        ``min_count=10`` and q 0.95, and leaves as many unprotected where training is
+        least stable.
+
+    Returns:
+      A rule with :class:`QuantileState`: thresholds of the shapes and dtypes of the
+      norms, each from a memory of its own of two windows. To a derivative they are
+      constants.
+
+      ==================================  ==============================================
+      norm                                result
+      ==================================  ==============================================
+      the first                           infinity; itself with ``include_current``
+      fewer than ``min_count`` recorded   infinity
+      0                                   a threshold as any other, but not recorded: a
+                                          step without gradient tells no size
+      NaN, infinite                       as 0
+      of an empty tree                    an empty tree
+      ==================================  ==============================================
+
+    Raises:
+      ValueError: ``q`` is a concrete number outside [0, 1]; ``window`` is not an
+        integer of at least 1, or ``min_count`` not one from 1 to ``window``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> rule = optaxclip.quantile(0.5, window=3)
+      >>> state = rule.init(jnp.float32(0.0))
+      >>> for norm in [4.0, 2.0, 1000.0, 3.0, 1.0]:
+      ...     threshold, state = rule.update(jnp.float32(norm), state)
+      ...     print(threshold)
+      inf
+      4.0
+      3.0
+      4.0
+      3.0
+
+    References:
+      Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation
+      Networks <https://arxiv.org/abs/2007.14469>`_, 2020
+
+      Merad and Gaïffas, `Robust Stochastic Optimization via Gradient Quantile Clipping
+      <https://arxiv.org/abs/2309.17316>`_, 2024
+    """
+    in_range = "a number in [0, 1]"
+    _checks.check("quantile", "q", q, lambda x: not x.ndim and 0 <= x <= 1, in_range)
+    _check_integer("window", window, np.inf, "an integer of at least 1")
+    _check_integer("min_count", min_count, window, f"an integer from 1 to {window}")
+
+    def init_one(norm: jax.Array) -> QuantileState:
+        def padding() -> jax.Array:
+            return jnp.broadcast_to(jnp.full_like(norm, jnp.inf), (window, *norm.shape))
+
+        def zero() -> jax.Array:
+            return jnp.zeros_like(norm, jnp.int32)
+
+        return QuantileState(padding(), padding(), zero(), zero())
+
+    def update_one(
+        norm: jax.Array, state: QuantileState
+    ) -> tuple[jax.Array, QuantileState]:
+        new = _record(norm, state)
+        known = new if include_current else state
+        threshold = _interpolate(known.quantile_sorted, known.quantile_count, q)
+        ready = known.quantile_count >= min_count
+        return jnp.where(ready, threshold, jnp.inf), new
+
+    return per_norm(QuantileState, init_one, update_one)
+
+
+def _check_integer(argument: str, value: Any, highest: float, rule: str) -> None:
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"`quantile({argument}=...)` must be {rule}, got the JAX array {value}: it "
+            "is a shape, not data. If `optax.inject_hyperparams` made an array of it, "
+            f"name it there: `static_args=({argument!r}, ...)`."
+        )
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    _checks.check(
+        "quantile", argument, value, lambda x: is_integer and 1 <= x <= highest, rule
+    )
+
+
+def _record(norm: jax.Array, state: QuantileState) -> QuantileState:
+    """The memory with the norm in place of the oldest one (at first, of infinity)."""
+    ring, ascending, slot, count = state
+    window = ring.shape[0]
+    norm = jax.lax.stop_gradient(norm)  # A derivative has no business in the memory.
+    recorded = (norm > 0) & (norm < jnp.inf)
+    oldest = _at(ring, slot)
+    # To take the oldest out and put it back in changes nothing.
+    newest = jnp.where(recorded, norm, oldest)[None]
+    # Behind where the oldest was, all move up; behind where the newest goes, all move
+    # back. Padding shifts: it compiles to vector instructions, concatenation does not.
+    other_axes = [(0, 0, 0)] * norm.ndim
+    least, most = jnp.zeros((), ring.dtype), jnp.full((), jnp.inf, ring.dtype)
+    previous = jax.lax.pad(ascending, least, [(1, -1, 0), *other_axes])
+    following = jax.lax.pad(ascending, most, [(-1, 1, 0), *other_axes])
+    lower = jnp.where(previous < oldest[None], previous, ascending)
+    upper = jnp.where(ascending < oldest[None], ascending, following)
+    slots = jax.lax.broadcasted_iota(jnp.int32, ring.shape, 0)
+    return QuantileState(
+        quantile_ring=jnp.where(slots == slot[None], newest, ring),
+        quantile_sorted=jnp.minimum(jnp.maximum(lower, newest), upper),
+        quantile_slot=jnp.where(recorded, (slot + 1) % window, slot),
+        quantile_count=jnp.where(recorded, jnp.minimum(count + 1, window), count),
+    )
+
+
+def _interpolate(ascending: jax.Array, count: jax.Array, q: Any) -> jax.Array:
+    """The quantile of the first ``count`` numbers; 0 of none."""
+    last = jnp.maximum(count - 1, 0)
+    if isinstance(q, jax.Array):
+        rank = jnp.clip(q, 0, 1).astype(ascending.dtype) * last.astype(ascending.dtype)
+        index = jnp.floor(rank).astype(jnp.int32)
+        fraction = rank - jnp.floor(rank)
+    else:
+        # Integers, since float32 is too coarse: a rank of 9500.05 has 9500.0498 for it.
+        highest = (2**31 - 1) // ascending.shape[0]
+        exact = fractions.Fraction(str(q)).limit_denominator(highest)
+        index, remainder = jnp.divmod(last * exact.numerator, exact.denominator)
+        fraction = remainder.astype(ascending.dtype) / exact.denominator
+    low, high = _at(ascending, index), _at(ascending, jnp.minimum(index + 1, last))
+    # No difference of infinities where nothing is recorded.
+    low, high = (jnp.where(count > 0, end, 0) for end in (low, high))
+    return jnp.minimum(low + fraction * (high - low), high)
+
+
+def _at(array: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(array, index[None], axis=0, mode="clip")[0]
