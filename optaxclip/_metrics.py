@@ -100,7 +100,7 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
             f"transformation, got {jax.tree.structure(opt_state)}."
         )
     report = {}
-    for prefix, state in (clips | skips).items():
+    for prefix, state in [*clips.items(), *skips.items()]:
         values = _unstacked(state, per_leaf)
         report |= {f"{prefix}{name}": value for name, value in values.items()}
     return report

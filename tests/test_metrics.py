@@ -277,6 +277,17 @@ def test_counters_survive_orbax(tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
 
 
+def test_a_clip_within_a_skip():
+    tx = optaxclip.skip_nonfinite(optax.chain(CLIP(6.5), optax.trace(0.9)))
+    report = values(optaxclip.metrics(after(tx, 1, np.nan, np.nan)))
+    assert list(report)[: len(KEYS)] == KEYS
+    assert (report["step_count"], report["grad_norm"]) == (1, 13)
+    assert report["skip_count"] == report["skipped_in_a_row"] == 2
+    assert report["skip_nonfinite_count"] == 2
+    assert np.isnan(report["skip_norm"])
+    assert report["skip_threshold"] == np.inf
+
+
 def test_metrics_are_read_without_the_optimizer():
     """A state is all it takes: no module, no transform, no host."""
     state = after(optaxclip.clip_by_leaf_norm(1.0), 1)
