@@ -121,33 +121,30 @@ def test_no_buffer_is_shared_and_both_can_be_donated(make, tree):
 @every_transform
 def test_jit_scan_and_vmap_agree_with_eager(make):
     tx = make(0.5)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
     steps = {
         "w": jnp.linspace(-1, 1, 24).reshape(4, 3, 2),
         "b": jnp.linspace(0, 1, 8).reshape(4, 2),
     }
-    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    fresh = tx.init(params)
 
     def one(state, updates):
         updates, state = tx.update(updates, state, params)
         return state, (updates, state)
 
-    state, expected = tx.init(params), []
+    state, in_turn, apart = fresh, [], []
     for i in range(4):
-        state, out = one(state, jax.tree.map(lambda x, i=i: x[i], steps))
-        expected.append(out)
-    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *expected)
-    _, scanned = jax.lax.scan(jax.jit(one), tx.init(params), steps)
-    fresh = tx.init(params)
-    mapped = jax.vmap(lambda u: tx.update(u, fresh, params)[0])(steps)
-    for actual in (scanned[0], mapped):
-        for x, y in zip(
-            jax.tree.leaves(actual), jax.tree.leaves(expected[0]), strict=True
-        ):
-            np.testing.assert_allclose(x, y, rtol=1e-6)
-    for x, y in zip(
-        jax.tree.leaves(scanned[1]), jax.tree.leaves(expected[1]), strict=True
-    ):
-        np.testing.assert_allclose(x, y, rtol=1e-6)
+        updates = jax.tree.map(lambda x, i=i: x[i], steps)
+        state, result = one(state, updates)
+        in_turn.append(result)
+        apart.append(one(fresh, updates)[1])
+    _, scanned = jax.lax.scan(jax.jit(one), fresh, steps)
+    _, mapped = jax.vmap(one, in_axes=(None, 0))(fresh, steps)
+    for actual, expected in [(scanned, in_turn), (mapped, apart)]:
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *expected)
+        pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(stacked), strict=True)
+        for x, y in pairs:
+            np.testing.assert_allclose(x, y, rtol=2e-6)
 
 
 @every_transform

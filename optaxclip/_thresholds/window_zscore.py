@@ -86,7 +86,7 @@ def window_zscore(
         norm: jax.Array, state: WindowZscoreState
     ) -> tuple[jax.Array, WindowZscoreState]:
         count, ring = state
-        place = jnp.arange(window).reshape(window, *[1] * norm.ndim)
+        place = jnp.arange(window, dtype=jnp.int32).reshape(window, *[1] * norm.ndim)
         bound = _bound(ring, place < count[None], like(z_threshold, norm))
         threshold = jnp.where(count < min_count, jnp.inf, bound)
         recorded = jnp.minimum(jax.lax.stop_gradient(norm), threshold)
