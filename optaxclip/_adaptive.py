@@ -211,6 +211,11 @@ def adagc(
     Before that, for ``warmup`` steps, the whole gradient is clipped to a global norm
     and :math:`\gamma_l` is the least norm of the leaf so far.
 
+    Two limits of the published form. The cap lasts ``warmup`` steps, but each leaf
+    waits for as many norms above 0: one that unfreezes later has no threshold for its
+    first. And where norms are far above ``warmup_norm``, :math:`\gamma_l` starts at the
+    capped ones and can grow by a thousandth a step: set ``warmup_norm`` to their size.
+
     It is no guard against rare events: norms that vary by 10 % are clipped in four of
     ten steps, by 30 % in seven, and a mean that is fed clipped norms doubles in 690
     steps at best. ``clip_by(leaf_norm, optax.chain(quantile(0.5, 100),
