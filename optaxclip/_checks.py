@@ -12,7 +12,7 @@ def check(call: str, argument: str, value: Any, holds: Callable, rule: str) -> N
     """Raises ``ValueError`` unless ``holds`` of every concrete number in ``value``."""
     if isinstance(value, jax.core.Tracer) or callable(value):
         return
-    numbers = np.asarray(value)
+    numbers = np.asarray(float(value) if isinstance(value, int) else value)
     if numbers.dtype.kind not in "biufV" or not np.all(holds(numbers)):  # V: bfloat16
         raise ValueError(f"`{call}({argument}=...)` must be {rule}, got {value!r}.")
 

@@ -76,8 +76,8 @@ def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
     .. math:: g_i \leftarrow \min(\max(g_i, -T), T)
 
     Meant for the max-norm, of which the scale then is the smallest that any element
-    gets. Complex elements are cut by modulus. An infinite element becomes
-    :math:`\pm T`, NaN stays NaN.
+    gets. Complex elements are cut by modulus. An infinite real element becomes
+    :math:`\pm T`, an infinite complex one NaN; NaN stays NaN.
 
     Args:
       threshold: A scalar, or an array that broadcasts against the leaves.
@@ -179,8 +179,14 @@ def clip_by(
             norm, gradients, params, like, rule, state.rule_state, extra_args
         )
         scales = jax.tree.map(clip_scale, norms, thresholds)
-        clips = jax.tree.map(apply, thresholds, scales)
-        clipped = jax.tree.map(jax.tree.map, clips, gradients)
+        clipped = jax.tree.map(
+            lambda threshold, scale, under: jax.tree.map(
+                apply(threshold, scale), under
+            ),
+            thresholds,
+            scales,
+            gradients,
+        )
         metrics = ClipMetrics(norms, thresholds, scales)
         return restore(clipped), _record(state, memory, metrics, finite)
 

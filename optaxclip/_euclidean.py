@@ -106,9 +106,17 @@ def _roots(
         return (carry.attempt < 3) & ~jnp.all(lax.optimization_barrier(sound))
 
     unsound = [jnp.zeros_like(zero, bool) for zero in zeros]
-    return lax.while_loop(
-        unfinished, measure, _Carry(jnp.int32(0), zeros, unsound)
-    ).norms
+    carry = _Carry(jnp.int32(0), zeros, unsound)
+    if sum(x.size for x in leaves) > _SMALL:
+        return lax.while_loop(unfinished, measure, carry).norms
+    for _ in range(3):
+        carry = measure(carry)
+    return carry.norms
+
+
+# Up to so many elements all attempts are made in a row, which costs next to nothing:
+# XLA for CPU turns loops over little data into one kernel, at minutes of compile time.
+_SMALL = 2**20
 
 
 class _Carry(NamedTuple):
@@ -130,11 +138,16 @@ def _vanished(total: jax.Array, count: int, zero_fits: bool) -> jax.Array:
 
 
 def _joint_sum(leaves: Arrays, unit: jax.Array) -> Arrays:
-    totals: dict[tuple[str, ...], jax.Array] = {}
+    groups: dict[tuple[str, ...], Arrays] = {}
     for square_sum in _sums(leaves, [None] * len(leaves), unit):
-        axes = varying_axes(square_sum)
-        totals[axes] = totals[axes] + square_sum if axes in totals else square_sum
-    return [functools.reduce(operator.add, map(reduce_sum, totals.values()))]
+        groups.setdefault(varying_axes(square_sum), []).append(square_sum)
+    totals = [reduce_sum(_total(group)) for group in groups.values()]
+    return [functools.reduce(operator.add, totals)]
+
+
+def _total(sums: Arrays) -> jax.Array:
+    # The barrier keeps XLA from unrolling this into a chain, slow to compile.
+    return jnp.sum(lax.optimization_barrier(jnp.stack(sums)))
 
 
 def _separate_sums(leaves: Arrays, unit: jax.Array, axes: Sequence[Axes]) -> Arrays:

@@ -32,7 +32,8 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
 
       =========================  ====================================================
       ``grad_norm``              the norm before clipping
-      ``clipped_grad_norm``      the norm after clipping: min(norm, threshold)
+      ``clipped_grad_norm``      the norm after clipping: min(norm, threshold), and
+                                 of no meaning where the norm is not finite
       ``clip_threshold``         the threshold it was held to
       ``clip_scale``             what the update was multiplied by, in [0, 1]
       ``clipped_norm_fraction``  the share of norms above their threshold, in [0, 1]
@@ -111,12 +112,18 @@ def _named(opt_state: PyTree, kind: type) -> dict[str, Any]:
     found = list(_find(opt_state, kind, ()))
     if len(found) == 1:
         return {"": _plain(found[0][1])}
-    short = {f"{_gradients.name(_places(path))}/" for path, _ in found}
-    unique = len(short) == len(found)
-    return {
-        f"{_gradients.name(_places(path) if unique else path)}/": _plain(state)
-        for path, state in found
-    }
+    paths = [path for path, _ in found]
+    names = _unique([[_places(path) for path in paths], paths])
+    return {f"{n}/": _plain(state) for n, (_, state) in zip(names, found, strict=True)}
+
+
+def _unique(spellings: list[list[tuple[Any, ...]]]) -> list[str]:
+    """The first spelling of some paths in which no two have the same name."""
+    for paths in spellings:
+        names = [_gradients.name(path) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [jax.tree_util.keystr(path) for path in spellings[-1]]
 
 
 def _find(tree: PyTree, kind: type, at: tuple[Any, ...]) -> Iterator[Any]:
@@ -195,8 +202,8 @@ def _of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
         "clip_fraction": state.clip_count / jnp.maximum(state.step_count, 1),
     }
     if per_leaf and any(paths):  # a norm without a path is the only one
-        for path, row in zip(paths, worst, strict=True):
-            report |= _values(row, f"/{_gradients.name(path)}")
+        for name, row in zip(_unique([paths]), worst, strict=True):
+            report |= _values(row, f"/{name}")
     return report
 
 
@@ -215,7 +222,8 @@ def _worst(row: _Row) -> _Row:
     norm, threshold = row
     if not norm.size:
         return _Row(jnp.zeros((), norm.dtype), jnp.full((), jnp.inf, norm.dtype))
-    ratio = jnp.where(norm == 0, 0, norm / threshold)
+    ratio = norm / jnp.where(threshold == 0, 1, threshold)
+    ratio = jnp.where((threshold == 0) & (norm > 0), jnp.inf, ratio)
     ratio = jnp.where(jnp.all(jnp.isinf(threshold)), norm, ratio)
     ratio = jnp.where(jnp.isnan(ratio), jnp.inf, ratio)
     here = ratio == jnp.max(ratio)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _euclidean, _gradients, unit_axes
-from optaxclip._mesh import reduce_max, reduce_sum
+from optaxclip._mesh import reduce_max, reduce_sum, varying_axes, whole_size
 
 PyTree = Any
 Ord = int | float
@@ -112,6 +112,13 @@ def unit_norm(tree: PyTree, axis: unit_axes.Axis = None, ord: Ord = 2) -> PyTree
     """
     _check_ord("unit_norm", ord)
     gradients = _gradients.split(tree).gradients
+    shares = {a for x in jax.tree.leaves(gradients) for a in varying_axes(x)}
+    if shares:
+        raise ValueError(
+            "`unit_norm(tree=...)` must hold whole leaves, got shares of them that "
+            f"vary over the mesh axes {sorted(shares)}: within `shard_map` nothing "
+            "says which units they belong to. Measure units under `jit` instead."
+        )
     return _separate(gradients, unit_axes.resolve(axis, gradients), ord)
 
 
@@ -132,7 +139,9 @@ def leaf_rms(tree: PyTree) -> PyTree:
     """
     gradients = _gradients.split(tree).gradients
     norms = leaf_norm(gradients)
-    return jax.tree.map(lambda n, x: n / math.sqrt(max(x.size, 1)), norms, gradients)
+    return jax.tree.map(
+        lambda n, x: n / math.sqrt(max(whole_size(x), 1)), norms, gradients
+    )
 
 
 def _check_ord(call: str, ord: Ord) -> None:

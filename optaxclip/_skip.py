@@ -73,8 +73,9 @@ def skip_by(
     Returns:
       A transformation with :class:`SkipState`. After a skip the updates are zeros of
       the dtypes that ``inner`` returns, and ``inner_state`` is bit for bit what it was:
-      counts, moments, schedules. Leaves that are no gradients pass through. The inner
-      transformation is not run at all (``lax.cond``), except under ``vmap``.
+      counts, moments, schedules. ``float0`` and PRNG-key leaves and the fp8 statistics
+      of Flax, which are no changes to add, pass through. The inner transformation is
+      not run at all (``lax.cond``), except under ``vmap``.
 
       ==========================  ==================================================
       norm                        result
@@ -142,8 +143,10 @@ def guarded_step(
     Returns:
       A pair of functions. ``init(params)`` gives the :class:`SkipState` that
       :func:`skip_by` gives, and :func:`optaxclip.metrics` reads.
-      ``step(updates, state, params, **extra_args)`` gives new parameters and a new
-      state. Donate both.
+      ``step(updates, params, state, **extra_args)`` gives new parameters and a new
+      state. Donate both, and keep this order in a function of your own: JAX pairs
+      donated arguments with results of their shape by position, and moments that
+      take the place of parameters have to be copied.
 
     Example:
       >>> import jax.numpy as jnp
@@ -153,7 +156,7 @@ def guarded_step(
       >>> params = jnp.zeros(2)
       >>> state = guarded.init(params)
       >>> for grads in [jnp.ones(2), jnp.nan * jnp.ones(2)]:
-      ...     params, state = guarded.step(grads, state, params)
+      ...     params, state = guarded.step(grads, params, state)
       ...     print(params, state.skip_count)
       [-1. -1.] 0
       [-1. -1.] 1
@@ -162,7 +165,7 @@ def guarded_step(
     guard = _Guard(inner, norm, as_rule(threshold), watch_loss)
 
     def step(
-        updates: PyTree, state: Any, params: PyTree, **extra_args: Any
+        updates: PyTree, params: PyTree, state: Any, **extra_args: Any
     ) -> tuple[PyTree, SkipState]:
         def run(inner_state: PyTree) -> tuple[PyTree, PyTree]:
             changes, new = inner.update(updates, inner_state, params, **extra_args)
@@ -245,6 +248,7 @@ class _Guard(NamedTuple):
 
 
 def _zeros(path: tuple[Any, ...], update: Any, like: Any) -> Any:
-    if not _gradients.is_gradient(path, update):
-        return update
-    return jnp.zeros_like(update, like.dtype)
+    is_integer = jnp.issubdtype(jnp.result_type(update), jnp.integer)
+    if _gradients.is_gradient(path, update) or is_integer:
+        return jnp.zeros_like(update, like.dtype)
+    return update

@@ -27,7 +27,8 @@ def clip_by_value(max_value: Threshold) -> optax.GradientTransformationExtraArgs
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`; dtypes are kept. Complex
-      elements are cut by modulus, infinite ones become :math:`\pm v`, NaN stays NaN.
+      elements are cut by modulus, infinite real ones become :math:`\pm v`, NaN stays
+      NaN.
 
     Raises:
       ValueError: ``max_value`` is a concrete negative number or NaN.
@@ -175,7 +176,7 @@ def adaptive_grad_clip(
       axis: The axes that make up a unit, see :func:`optaxclip.unit_norm`. The default
         goes by rank, as optax does. Say it for Equinox and PyTorch layouts, 1-D
         convolutions, attention and stacked layers: :mod:`optaxclip.unit_axes` has a
-        function for each.
+        function for each. ``optax.inject_hyperparams`` needs it in its ``static_args``.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`, whose metrics hold one norm a

@@ -66,8 +66,8 @@ def flax(path: Path, leaf: Leaf) -> Axes:
     The kernels of ``query``, ``key`` and ``value`` are (inputs, heads, features), with
     one unit a head and feature; all others have their outputs last.
     """
-    names = _gradients.name(path).split("/")
-    if leaf.ndim == 3 and {"query", "key", "value"} & set(names):
+    names = _gradients.name(path).removesuffix("/value").split("/")
+    if leaf.ndim == 3 and names[-2:-1] in (["query"], ["key"], ["value"]):
         return (0,)
     return output_last(path, leaf)
 
@@ -117,4 +117,5 @@ def _checked(axes: Any, path: Path, leaf: Leaf) -> Axes:
 
 def _is_spec(x: Any) -> bool:
     is_axes = type(x) is tuple and all(isinstance(axis, int) for axis in x)
-    return x is None or callable(x) or isinstance(x, int) or is_axes
+    is_function = callable(x) and jax.tree_util.all_leaves([x])  # and not a module
+    return x is None or is_function or isinstance(x, int) or is_axes

@@ -92,11 +92,37 @@ def test_another_tree_structure(argument):
     arguments = {"updates": GRADS, "params": GRADS}
     arguments[argument] = {"a": {"v": jnp.ones(3)}, "b": jnp.ones(2)}
     with message(
-        f"`clip_by(...).update({argument}=...)` must have the tree structure of the "
-        "parameters given to `init`, got leaves ['a/v'] that `init` did not see, and "
-        "none at ['a/w']."
+        f"`update({argument}=...)` must have the tree structure of the parameters "
+        "given to `init`, got leaves ['a/v'] that `init` did not see, and none at "
+        "['a/w']."
     ):
         tx.update(state=tx.init(GRADS), **arguments)
+
+
+@pytest.mark.parametrize("value", [np.ones(2), np.ones(1), [1.0]])
+def test_an_array_that_does_not_broadcast(value):
+    tx = optaxclip.clip_by_global_norm(value)
+    shape = np.shape(value)
+    with message(
+        "`constant(value=...)` must broadcast against every norm, got an array of "
+        f"shape {shape} for a norm of shape ()."
+    ):
+        tx.update(GRADS, tx.init(GRADS))
+
+
+@pytest.mark.parametrize("value", [2**31, 10**30, True])
+def test_whole_numbers_of_any_size_are_thresholds(value):
+    tx = optaxclip.clip_by_global_norm(value)
+    _, state = tx.update(GRADS, tx.init(GRADS))
+    assert state.clip_metrics.clip_threshold == np.float32(value)
+
+
+def test_units_of_shares():
+    mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    norm = jax.shard_map(optaxclip.unit_norm, mesh=mesh, in_specs=spec, out_specs=spec)
+    with pytest.raises(ValueError, match=r"vary over the mesh axes \['x'\]"):
+        norm(jnp.ones((8, 3)))
 
 
 def test_no_rules():

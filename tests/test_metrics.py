@@ -172,6 +172,12 @@ PREFIXES = {
         ),
         ["0/", "1/"],
     ),
+    "names that spell alike": (
+        lambda: optax.named_chain(
+            ("a/b", CLIP(1.0)), ("a", optax.named_chain(("b", CLIP(2.0))))
+        ),
+        ["['a/b']/", "['a']['b']/"],
+    ),
     "a state with two attributes": (
         lambda: pair(CLIP(1.0), CLIP(2.0)),
         ["one/", "two/"],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import array, model
+from flax import nnx
 
 import optaxclip
 from optaxclip import unit_axes
@@ -89,6 +90,33 @@ def test_each_leaf_is_measured_in_its_own_range(first, second):
     units = jnp.stack(leaves)
     actual = optaxclip.unit_norm(units, axis=1)
     np.testing.assert_allclose(actual[:, 0], expected, rtol=3e-7)
+
+
+@pytest.mark.parametrize("exponent", [-120, -70, 0, 70, 110])
+@pytest.mark.parametrize("norm", [optaxclip.global_norm, optaxclip.leaf_norm])
+def test_large_trees_are_right_over_the_range_too(norm, exponent):
+    """Beyond a million elements the attempts run in a loop, one after the other."""
+    leaf = jnp.zeros(2**20 + 1).at[:3].set(jnp.asarray(np.ldexp([1, 0.5, 1], exponent)))
+    zero = jnp.zeros(3)
+    result = jax.tree.leaves(norm([leaf, zero]))
+    lost = norm is optaxclip.leaf_norm and exponent < -62  # documented
+    expected = 0.0 if lost else np.ldexp(1.5, exponent)
+    np.testing.assert_allclose(result[0], expected, rtol=3e-7)
+    assert all(x == 0 for x in result[1:])
+
+
+def test_shares_of_leaves_in_shard_map_are_measured_whole():
+    mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
+    tree = {"shared": array(16, 3), "copied": array(4)}
+    specs = {"shared": jax.P("x"), "copied": jax.P()}
+
+    def norms(t):
+        return optaxclip.global_norm(t), optaxclip.leaf_norm(t), optaxclip.leaf_rms(t)
+
+    whole = norms(tree)
+    shares = jax.shard_map(norms, mesh=mesh, in_specs=(specs,), out_specs=jax.P())(tree)
+    for x, y in zip(jax.tree.leaves(shares), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
 @pytest.mark.parametrize("exponent", [-70, -63, -40, 0, 40, 63, 64, 100])
@@ -194,6 +222,12 @@ def test_unit_axes_of_flax_attention():
     assert shapes["attention"]["query"]["kernel"] == (1, 2, 4)
     assert shapes["attention"]["out"]["kernel"] == (1, 1, 8)
     assert shapes["conv"]["kernel"] == (1, 1, 7)
+
+
+def test_unit_axes_of_flax_know_the_names_of_nnx_states():
+    convolution = nnx.Conv(4, 6, kernel_size=(3,), rngs=nnx.Rngs(0))
+    norms = optaxclip.unit_norm(nnx.state(convolution, nnx.Param), axis=unit_axes.flax)
+    assert [x.shape for x in jax.tree.leaves(norms)] == [(1,), (1, 1, 6)]
 
 
 def test_unit_axes_as_a_prefix_tree():

@@ -79,10 +79,21 @@ def _scheduled(schedule: Callable) -> optax.GradientTransformation:
 
 
 def _filled_like(norms: PyTree, value: jax.typing.ArrayLike) -> PyTree:
+    array = jnp.asarray(float(value) if isinstance(value, int) else value)
+
     def fill(norm: jax.Array) -> jax.Array:
-        array = jnp.asarray(value).astype(norm.dtype)
         if not array.ndim:
-            return jnp.full_like(norm, array)
-        return jnp.zeros_like(norm) + jnp.broadcast_to(array, norm.shape)
+            return jnp.full_like(norm, array.astype(norm.dtype))
+        fits = array.ndim <= norm.ndim and all(
+            a in (1, n)
+            for a, n in zip(array.shape[::-1], norm.shape[::-1], strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                "`constant(value=...)` must broadcast against every norm, got an array "
+                f"of shape {array.shape} for a norm of shape {norm.shape}."
+            )
+        value = jnp.broadcast_to(array.astype(norm.dtype), norm.shape)
+        return jnp.zeros_like(norm) + value
 
     return jax.tree.map(fill, norms)
