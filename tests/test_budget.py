@@ -57,6 +57,9 @@ def cost(name, dtype=jnp.float32):
         "value": [optaxclip.clip_by_value(1.0)],
         "leaf": [optaxclip.clip_by_leaf_norm(1.0)],
         "rms": [optaxclip.clip_by_block_rms(1.0)],
+        "percentile": [optaxclip.clip_by_percentile(95)],
+        "autoclip": [optaxclip.autoclip(10)],
+        "zclip": [optaxclip.zclip()],
     }
     params = gpt_like(dtype)
     grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
@@ -69,7 +72,10 @@ def cost(name, dtype=jnp.float32):
     )
 
 
-@pytest.mark.parametrize("name", ["optaxclip", "value", "leaf", "rms"])
+@pytest.mark.parametrize(
+    "name",
+    ["optaxclip", "value", "leaf", "rms", "percentile", "autoclip", "zclip"],
+)
 def test_a_clip_reads_the_gradients_once_and_copies_nothing(name):
     accessed, temporary = cost(name)
     assert accessed - cost("adamw")[0] <= 1.05

@@ -1,4 +1,4 @@
-"""Every docstring example and every Python block of the README runs."""
+"""Every docstring example and every Python block of the pages runs."""
 
 import doctest
 import importlib
@@ -38,9 +38,10 @@ def test_every_public_callable_has_an_example_or_fields(name):
     assert is_part or ">>>" in value.__doc__
 
 
-def test_readme_blocks_run_in_order():
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_the_python_blocks_of_a_page_run_in_order(page):
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert blocks
     program = "\n".join(blocks)
     result = subprocess.run(
