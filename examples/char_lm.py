@@ -348,7 +348,7 @@ def last_losses(rows: list[dict]) -> tuple[float, float]:
 
 
 def spread(losses: tuple[float, ...]) -> str:
-    deviation = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    deviation = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
     return f"{statistics.fmean(losses):.3f}{deviation}"
 
 

@@ -86,8 +86,9 @@ def test_every_clip_meets_the_same_batches_and_holds_its_threshold(tmp_path):
 
 
 def test_a_batch_of_nan_ends_a_run_that_does_not_skip_it(tmp_path):
-    done = run("--clip percentile,skip --nan-share 0.1", tmp_path)
+    done = run("--clip percentile,skip --nan-share 0.1 --seeds 2", tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "nan ± nan" in done.stdout
     runs = {n: columns(tmp_path / f"{n}-seed0.csv") for n in ("percentile", "skip")}
     for metrics in runs.values():
         assert np.isnan(metrics["train_loss"]).any()
