@@ -95,7 +95,7 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       clip_fraction         1
     """
     opt_state = getattr(opt_state, "opt_state", opt_state)
-    clips, skips = _named(opt_state, ClipState), _named(opt_state, SkipState)
+    clips, skips = named(opt_state, ClipState), named(opt_state, SkipState)
     if not clips and not skips:
         raise ValueError(
             "`metrics(opt_state=...)` must hold the state of an optaxclip "
@@ -108,7 +108,7 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
     return report
 
 
-def _named(opt_state: PyTree, kind: type) -> dict[str, Any]:
+def named(opt_state: PyTree, kind: type) -> dict[str, Any]:
     """Every state of a kind, by its prefix."""
     found = list(_find(opt_state, kind, ()))
     if len(found) == 1:
@@ -161,7 +161,7 @@ def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
 
     def values(state: Any) -> list[jax.Array]:
         is_clip = isinstance(state, ClipState)
-        report = _of_clip(state, per_leaf) if is_clip else _of_skip(state)
+        report = of_clip(state, per_leaf) if is_clip else of_skip(state)
         names[:] = report  # which vmap would return sorted
         return list(report.values())
 
@@ -170,7 +170,7 @@ def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
     return dict(zip(names, values(state), strict=True))
 
 
-def _of_skip(state: SkipState) -> dict[str, jax.Array]:
+def of_skip(state: SkipState) -> dict[str, jax.Array]:
     metrics = (jax.tree.leaves(tree) for tree in state.skip_metrics)
     worst = _worst(_stacked([_worst(_Row(*row)) for row in zip(*metrics, strict=True)]))
     return {
@@ -182,7 +182,7 @@ def _of_skip(state: SkipState) -> dict[str, jax.Array]:
     }
 
 
-def _of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
+def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
     norms, thresholds, _ = state.clip_metrics
     paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(norms)
     paths = [path for path, _ in paths_and_norms]
