@@ -22,6 +22,7 @@ def largest(modulus: jax.Array, axis: ArrayAxes, share: _mesh.Axes) -> jax.Array
     """The largest of numbers that are not negative, over ``axis`` or all; 0 of none."""
     integer = jnp.int64 if modulus.dtype == jnp.float64 else jnp.int32
     bits = lax.bitcast_convert_type(modulus, integer)
+    bits &= jnp.iinfo(integer).max  # a NaN may have a sign
     top = jnp.max(bits, axis=axis, keepdims=axis is not None, initial=0)
     return lax.bitcast_convert_type(_mesh.reduce_max(top, share), modulus.dtype)
 

@@ -240,3 +240,16 @@ def test_unit_axes_as_a_prefix_tree():
     norms = optaxclip.unit_norm(tree, axis=axis)
     assert [n.shape for n in norms["a"]] == [(1, 7), (1, 5, 7)]
     assert norms["b"].shape == (1, 1)
+
+
+@pytest.mark.parametrize("ord", [1, 2, np.inf])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_nan_of_either_sign_is_seen(sign, ord):
+    """0 * infinity, as processors compute it, has its sign bit set."""
+    nan = jnp.asarray(np.copysign(np.nan, sign), jnp.float32)
+    tree = {"a": jnp.stack([jnp.float32(3), nan]), "b": jnp.ones(2)}
+    assert np.isnan(optaxclip.global_norm(tree, ord=ord))
+    tx = optaxclip.clip_by(lambda t: optaxclip.leaf_norm(t, ord=ord), 1.0)
+    _, state = tx.update(tree, tx.init(tree))
+    assert np.isnan(optaxclip.metrics(state)["grad_norm"])
+    assert state.nonfinite_count == 1
