@@ -256,8 +256,10 @@ def test_a_state_without_one_recorder(path, state, message):
 def test_steps_that_came_and_went_between_two_drains(path):
     log = ClipLog(path)
     log.update(recorder(4))
-    with pytest.warns(UserWarning, match=r"steps 4 to 11 are missing .* remembers 8"):
+    message = r"steps 4 to 11 are missing .* remembers 8"
+    with pytest.warns(UserWarning, match=message) as warned:
         log.update(recorder(20))
+    assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # only the first gap is told of
         log.update(recorder(29))
@@ -489,8 +491,10 @@ def test_a_full_disk_does_not_end_training():
 
 
 def test_a_path_that_is_a_folder(tmp_path):
-    with pytest.warns(UserWarning, match=r"cannot write .*Is a directory.*goes on"):
+    message = r"cannot write .*Is a directory.*goes on"
+    with pytest.warns(UserWarning, match=message) as warned:
         log = ClipLog(tmp_path)
+    assert warned[0].filename == __file__
     assert log.update(recorder(3)) == 0
     assert log.unwritten == 3
     with pytest.raises(IsADirectoryError):
@@ -591,9 +595,7 @@ def test_a_file_that_is_no_log_is_never_appended_to(tmp_path, content, on_error)
 
 
 def test_a_bad_argument(path):
-    with pytest.raises(
-        ValueError, match=r'must be "warn" or "raise", got \'ignore\'\.'
-    ):
+    with pytest.raises(ValueError, match=r'must be "warn" or "raise", got \'quiet\'\.'):
         ClipLog(path, on_error="quiet")
 
 

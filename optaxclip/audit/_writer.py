@@ -226,6 +226,7 @@ class ClipLog:
             f"`ClipLog.update`: steps {start} to {rows.first - 1} are missing in "
             f"{self.path}: the recorder remembers {len(rows.step)}. Update the log "
             "more often, or record a longer history. Further gaps are only counted.",
+            stacklevel=5,
         )
 
     def _report(self, error: Exception) -> None:
@@ -235,12 +236,13 @@ class ClipLog:
             "error",
             f"`ClipLog(path=...)` cannot write {self.path}: {error}. Training goes on; "
             "every update tries again, and steps that it comes too late for are lost.",
+            stacklevel=4,
         )
 
-    def _warn_once(self, kind: str, message: str) -> None:
+    def _warn_once(self, kind: str, message: str, stacklevel: int) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=stacklevel)  # at the caller's line
 
 
 def _size(path: Path) -> int:
