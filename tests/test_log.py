@@ -22,7 +22,6 @@ from optaxclip._history import History, HistoryState
 from optaxclip.audit import ClipLog, LogData, _reader, read
 
 FIELDS = ("norm", "threshold", "scale", "loss", "clipped", "skipped")
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def truth(run, steps=400, leaves=2):
@@ -108,6 +107,10 @@ def test_every_step_is_read_back_bit_for_bit(path, leaves):
     assert markers(path) == []
 
 
+def test_before_the_first_drain(path):
+    assert repr(ClipLog(path)) == f"ClipLog('{path}'): nothing written"
+
+
 def test_the_lines_are_short_and_strict_json(path):
     values = (1.2, np.inf, 0.1, 2.25)
     floats = [jnp.asarray([x, np.nan], jnp.float32) for x in values]
@@ -149,12 +152,13 @@ def test_the_first_line_says_what_run_it_is(path):
     log.update(recorder(1, leaves=2))
     head = lines(path)[0]
     assert head == read(path).metadata
+    device = jax.devices()[0]
     assert head["started"].endswith("+00:00")
     assert set(head["versions"]) == {"python", "jax", "optax", "optaxclip"}
     assert head["versions"]["optax"] == optax.__version__
     assert {k: v for k, v in head.items() if k not in ("started", "versions")} == {
         "optaxclip_log": 1,
-        "device": {"platform": "cpu", "kind": "cpu"},
+        "device": {"platform": device.platform, "kind": device.device_kind},
         "process_count": 1,
         "transform": "clip_by_global_norm(1.0)",
         "hyperparameters": {
@@ -454,7 +458,6 @@ def test_whatever_was_drained_survives_a_kill(path):
         child = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(path), str(drained)],
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
             text=True,
         )
         for _ in range(random.randint(2, 40)):
@@ -626,7 +629,11 @@ def state(count):
 path = sys.argv[1] + sys.argv[3]
 log = ClipLog(path)
 log.update(jax.jit(state, out_shardings=replicated)(4))
-log.update(jax.pmap(lambda x: state(6))(jnp.arange(jax.local_device_count())))
+log.update(jax.pmap(lambda x: state(5))(jnp.arange(jax.local_device_count())))
+stack = lambda: jax.vmap(lambda x: state(6))(jnp.arange(jax.device_count()))
+stacked = jax.jit(stack, out_shardings=NamedSharding(mesh, PartitionSpec("data")))()
+assert not stacked.history_count.is_fully_addressable
+log.update(stacked)
 print("done", jax.process_index(), jax.process_count())
 """
 
@@ -642,7 +649,6 @@ def test_two_processes(tmp_path):
             stderr=subprocess.PIPE,
             env={
                 **os.environ,
-                "PYTHONPATH": str(ROOT),
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
             },

@@ -140,13 +140,12 @@ class ClipLog:
         return _figures.plot(self.read())
 
     def __repr__(self) -> str:
-        try:
-            data = self.read()
-        except (OSError, ValueError) as error:
-            return f"ClipLog({str(self.path)!r}): {error}"
+        name = f"ClipLog({str(self.path)!r})"
+        if self._leaf_names is None:
+            return f"{name}: nothing written"
         from optaxclip.audit import _summary
 
-        return f"ClipLog({str(self.path)!r})\n{_summary.summary_text(data)}"
+        return f"{name}\n{_summary.summary_text(self.read())}"
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(repr(self))}</pre>"
