@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 
+import optaxclip
 from optaxclip._history import History, HistoryState
 from optaxclip.audit import ClipLog, LogData, _reader, read
 
@@ -189,6 +190,44 @@ def test_a_drain_is_one_transfer(path, monkeypatch):
     (transferred,) = transfers
     assert len(jax.tree.leaves(transferred)) == 1 + 6 + 3
     assert_run(read(path), 0, 0, 8, leaves=3)
+
+
+def test_a_run_and_its_log(path):
+    tx = optaxclip.record_history(
+        optaxclip.skip_nonfinite(
+            optax.chain(optaxclip.clip_by_global_norm(6.5), optax.trace(0.9))
+        ),
+        length=4,
+        leaf_norms=True,
+    )
+    params = {"a": {"w": jnp.array([3.0, 4.0])}, "b": jnp.array([7.2, 9.6])}
+
+    @jax.jit
+    def step(state, factor):
+        updates = jax.tree.map(lambda x: x * factor, params)
+        return tx.update(updates, state, params, loss=factor)[1]
+
+    state, log = tx.init(params), ClipLog(path, params=params)
+    factors = np.array([1, 0.1, np.nan, 10, 0.5, 2, np.inf, 0.25], np.float32)
+    for i, factor in enumerate(factors):
+        state = step(state, factor)
+        if i % 3 == 2:
+            log.update((state, None))
+    log.update((state, None))
+    data = read(path)
+    good = np.isfinite(factors)
+    np.testing.assert_array_equal(data.skipped, ~good)
+    np.testing.assert_array_equal(data.clipped, good & (factors > 0.5))
+    np.testing.assert_allclose(data.norm[good], 13 * factors[good], rtol=1e-6)
+    np.testing.assert_array_equal(data.norm[~good], [np.nan, np.inf])
+    assert set(data.threshold[good]) == {6.5}
+    scale = np.where(good, np.minimum(1, 0.5 / factors), 0)
+    np.testing.assert_allclose(data.scale, scale, rtol=1e-6)
+    np.testing.assert_array_equal(data.loss, factors)
+    assert data.leaf_names == ("a/w", "b")
+    leaf_norms = factors[:, None] * [5, 12]
+    np.testing.assert_allclose(data.leaf_norms[good], leaf_norms[good], rtol=1e-6)
+    assert data.metadata["parameter_count"] == 4
 
 
 # --- where the state is found ---------------------------------------------------------

@@ -34,15 +34,14 @@ class Rows(NamedTuple):
 def drain(opt_state: PyTree) -> Rows:
     """Brings the rows of the recorder in a state to the host, in one transfer."""
     opt_state = getattr(opt_state, "opt_state", opt_state)
-    found = list(_metrics._find(opt_state, HistoryState, ()))
+    found = list(_metrics.named(opt_state, HistoryState).values())
     if len(found) != 1:
         raise ValueError(
             "`ClipLog.update(opt_state=...)` must hold the state of one "
             f"`record_history`, got {len(found)} in {jax.tree.structure(opt_state)}."
         )
-    state = _metrics._plain(found[0][1])
-    recorded = (state.history_count, state.history)
-    if state.history_count.ndim:  # stacked by vmap or pmap
+    recorded = (found[0].history_count, found[0].history)
+    if np.ndim(found[0].history_count):  # stacked by vmap or pmap
         recorded = jax.tree.map(_first_shard, recorded)
     count, history = jax.device_get(recorded)
     while np.ndim(count):
