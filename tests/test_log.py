@@ -223,7 +223,7 @@ def test_a_run_and_its_log(path):
     assert set(data.threshold[good]) == {6.5}
     scale = np.where(good, np.minimum(1, 0.5 / factors), 0)
     np.testing.assert_allclose(data.scale, scale, rtol=1e-6)
-    np.testing.assert_array_equal(data.loss, factors)
+    np.testing.assert_array_equal(data.loss.astype(np.float32), factors)
     assert data.leaf_names == ("a/w", "b")
     leaf_norms = factors[:, None] * [5, 12]
     np.testing.assert_allclose(data.leaf_norms[good], leaf_norms[good], rtol=1e-6)

@@ -12,7 +12,8 @@ class LogData:
     """One row a step, in the order of the steps, each step once.
 
     Arrays have one entry a step. A quantity that a step did not have (the loss, if it
-    was not passed to ``update``) is NaN.
+    was not passed to ``update``) is NaN. Numbers recorded in float32 are the shortest
+    decimals of theirs, 0.1 for instance: ``astype(np.float32)`` gives the same bits.
     """
 
     metadata: dict[str, Any]  # the first line of the log; later sessions: "resumed"
