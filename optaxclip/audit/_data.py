@@ -1,6 +1,7 @@
 """The log of a run, as read back: what every other part of the audit works on."""
 
 import dataclasses
+import importlib
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ class LogData:
     """One row a step, in the order of the steps, each step once.
 
     Arrays have one entry a step. A quantity that a step did not have (the loss, if it
-    was not passed to ``update``) is NaN.
+    was not passed to ``update``) is NaN. Numbers recorded in float32 are the shortest
+    decimals of theirs, 0.1 for instance: ``astype(np.float32)`` gives the same bits.
     """
 
-    metadata: dict[str, Any]  # the first line of the log
+    metadata: dict[str, Any]  # the first line of the log; later sessions: "resumed"
     step: np.ndarray  # int64, counted from 0
     norm: np.ndarray  # float64, before clipping; NaN or infinite on a bad step
     threshold: np.ndarray  # float64, infinite where nothing bounds
@@ -25,5 +27,25 @@ class LogData:
     leaf_names: tuple[str, ...] = ()
     leaf_norms: np.ndarray | None = None  # float64, (steps, leaves)
     missed: tuple[tuple[int, int], ...] = ()  # first and last step of each gap
-    rewritten: int = 0  # rows that a later row of the same step replaced
+    rewritten: int = 0  # rows that a rewind or a later row of the step took back
     torn: int = 0  # incomplete lines that were dropped
+
+    def to_pandas(self) -> Any:
+        """The rows as a ``pandas.DataFrame`` with the steps as its index.
+
+        Its columns are ``norm``, ``threshold``, ``scale``, ``loss``, ``clipped`` and
+        ``skipped``, and for every leaf ``leaf_norm/<name>``.
+
+        Raises:
+          ImportError: pandas is not installed.
+        """
+        try:
+            pandas = importlib.import_module("pandas")  # optional, unknown to pyright
+        except ImportError as error:
+            raise ImportError("`LogData.to_pandas()` needs pandas.") from error
+        names = ("norm", "threshold", "scale", "loss", "clipped", "skipped")
+        columns = {name: getattr(self, name) for name in names}
+        if self.leaf_norms is not None:
+            norms = zip(self.leaf_names, self.leaf_norms.T, strict=True)
+            columns |= {f"leaf_norm/{name}": column for name, column in norms}
+        return pandas.DataFrame(columns, index=pandas.Index(self.step, name="step"))
