@@ -35,7 +35,7 @@ def read(path: str | Path) -> LogData:
 
     Returns:
       :class:`LogData`, in the order of the steps. Its ``metadata`` are the first line,
-      and under ``"resumed"`` a list of what later sessions wrote of themselves.
+      and under ``"resumed"`` a list of what later runs wrote of themselves.
 
     Raises:
       ValueError: the file is empty, no log, of a newer format, or damaged: a line that
