@@ -12,6 +12,7 @@ from optaxclip._clip import clamp as clamp
 from optaxclip._clip import clip_by as clip_by
 from optaxclip._clip import rescale as rescale
 from optaxclip._metrics import metrics as metrics
+from optaxclip._migrate import migrate_state as migrate_state
 from optaxclip._named_skips import skip_nonfinite as skip_nonfinite
 from optaxclip._named_skips import skip_spikes as skip_spikes
 from optaxclip._norms import global_norm as global_norm
