@@ -15,6 +15,7 @@ from optaxclip._history import History as History
 from optaxclip._history import HistoryState as HistoryState
 from optaxclip._history import record_history as record_history
 from optaxclip._metrics import metrics as metrics
+from optaxclip._migrate import migrate_state as migrate_state
 from optaxclip._named_skips import skip_nonfinite as skip_nonfinite
 from optaxclip._named_skips import skip_spikes as skip_spikes
 from optaxclip._norms import global_norm as global_norm

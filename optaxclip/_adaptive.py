@@ -1,5 +1,7 @@
 """The named clips that choose their own threshold."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,7 +12,7 @@ from optaxclip._measure import Norm
 from optaxclip._mesh import AxisName
 from optaxclip._norms import global_norm, leaf_norm
 from optaxclip._thresholds import ema, lowest, quantile, zscore
-from optaxclip._thresholds._memory import Number
+from optaxclip._thresholds._memory import Number, PyTree
 from optaxclip._thresholds.constant import Rule, Threshold
 from optaxclip._transforms import clip_by_global_norm
 
@@ -241,8 +243,8 @@ def adagc(
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
-      An ``optax.named_chain`` of a clip by global norm, ``warmup``, and one by leaf
-      norm, ``adagc``, by whose names :func:`optaxclip.metrics` tells them apart;
+      A chain of a clip by global norm, ``warmup``, and one by leaf norm, ``adagc``, by
+      whose names :func:`optaxclip.metrics` tells them apart: their states are a dict;
       without ``warmup_norm`` the second alone. Norms of 0 (frozen leaves, experts
       without tokens) or not finite are not remembered; in the published form 100
       steps of 0 take 2,000 to recover from.
@@ -274,7 +276,26 @@ def adagc(
         return jnp.where(jnp.asarray(step) < warmup, warmup_norm, jnp.inf)
 
     warmup_clip = clip_by_global_norm(cap, axis_name=axis_name)
-    return optax.named_chain(("warmup", warmup_clip), ("adagc", clip))
+    return _named_chain(warmup=warmup_clip, adagc=clip)
+
+
+def _named_chain(
+    **transforms: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.named_chain`` whose state is a plain dict; Flax saves no ordered one."""
+    chained = optax.named_chain(*transforms.items())
+
+    def init(params: PyTree) -> dict[str, Any]:
+        state: Any = chained.init(params)
+        return dict(state)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, dict[str, Any]]:
+        updates, state = chained.update(updates, state, params, **extra_args)
+        return updates, dict(state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _fraction(call: str, percentile: float) -> float:

@@ -151,8 +151,8 @@ def clip_by(
       through and are not counted.
 
     Raises:
-      ValueError: at the update, if the updates have another tree structure than the
-        parameters given to ``init``.
+      ValueError: ``norm`` is no function; or, at the update, the updates have another
+        tree structure than the parameters given to ``init``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -163,6 +163,11 @@ def clip_by(
       >>> print(updates["w"], updates["b"])
       [0.6 0.8] [0.5]
     """
+    if not callable(norm):
+        raise ValueError(
+            f"`clip_by(norm=...)` must be a function of a tree, got {norm!r}. "
+            "`optax.inject_hyperparams` needs `norm` in its `static_args`."
+        )
     rule, norm = as_rule(threshold), along(norm, axis_name)
 
     def init(params: PyTree) -> ClipState:

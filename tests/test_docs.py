@@ -21,6 +21,19 @@ MODULES = [
 ]
 
 
+def python_blocks(page):
+    return re.findall(
+        r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+    )
+
+
+PAGES = [
+    str(page.relative_to(ROOT))
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    if python_blocks(page)
+]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     module = importlib.import_module(name)
@@ -38,12 +51,9 @@ def test_every_public_callable_has_an_example_or_fields(name):
     assert is_part or ">>>" in value.__doc__
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/log.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_python_blocks_of_a_page_run_in_order(page):
-    text = (ROOT / page).read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert blocks
-    program = "\n".join(blocks)
+    program = "\n".join(python_blocks(ROOT / page))
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optaxclip
@@ -136,3 +137,14 @@ def test_a_state_without_clips():
         "got PyTreeDef(*)."
     ):
         optaxclip.metrics(jnp.ones(2))
+
+
+def test_a_norm_that_inject_hyperparams_took_for_a_schedule():
+    with pytest.raises(ValueError, match=re.escape("`clip_by(norm=...)`")) as error:
+        optax.inject_hyperparams(optaxclip.zclip, static_args="warmup")().init(GRADS)
+    assert str(error.value).startswith(
+        "`clip_by(norm=...)` must be a function of a tree, got "
+    )
+    assert str(error.value).endswith(
+        ". `optax.inject_hyperparams` needs `norm` in its `static_args`."
+    )
