@@ -6,7 +6,8 @@ import optax
 
 from optaxclip import _checks
 from optaxclip._clip import clip_by
-from optaxclip._decide import Norm
+from optaxclip._measure import Norm
+from optaxclip._mesh import AxisName
 from optaxclip._norms import global_norm, leaf_norm
 from optaxclip._thresholds import ema, lowest, quantile, zscore
 from optaxclip._thresholds._memory import Number
@@ -21,6 +22,7 @@ def clip_by_percentile(
     *,
     min_count: int = 1,
     norm: Norm = global_norm,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips to a percentile of the last norms: no threshold to tune.
 
@@ -46,6 +48,7 @@ def clip_by_percentile(
         infinite without one.
       norm: What to measure; :func:`optaxclip.leaf_norm` gives every leaf a window of
         its own.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`, two windows of float32 large;
@@ -87,7 +90,9 @@ def clip_by_percentile(
     rule = quantile(
         _fraction("clip_by_percentile", percentile), window, min_count=min_count
     )
-    return clip_by(norm, _capped("clip_by_percentile", rule, max_norm))
+    return clip_by(
+        norm, _capped("clip_by_percentile", rule, max_norm), axis_name=axis_name
+    )
 
 
 def autoclip(
@@ -96,6 +101,7 @@ def autoclip(
     max_norm: Threshold | None = None,
     *,
     norm: Norm = global_norm,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AutoClip: clips to a low percentile of all norms so far, this one included.
 
@@ -113,6 +119,7 @@ def autoclip(
       window: The number of norms to look back on, at least 1.
       max_norm: A cap on the threshold: a number, an array of shape () or a schedule.
       norm: What to measure.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`, two windows of float32 large;
@@ -142,7 +149,7 @@ def autoclip(
       Networks <https://arxiv.org/abs/2007.14469>`_, 2020
     """
     rule = quantile(_fraction("autoclip", percentile), window, include_current=True)
-    return clip_by(norm, _capped("autoclip", rule, max_norm))
+    return clip_by(norm, _capped("autoclip", rule, max_norm), axis_name=axis_name)
 
 
 def zclip(
@@ -152,6 +159,7 @@ def zclip(
     max_norm: Threshold | None = None,
     *,
     norm: Norm = global_norm,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ZClip: clips norms that lie many standard deviations above their running mean.
 
@@ -169,6 +177,7 @@ def zclip(
       warmup: The number of norms to start from; not clipped but for ``max_norm``.
       max_norm: A cap on the threshold: a number, an array of shape () or a schedule.
       norm: What to measure.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`; dtypes are kept. Norms of 0
@@ -193,7 +202,7 @@ def zclip(
       <https://arxiv.org/abs/2504.02507>`_, 2025
     """
     rule = zscore(z_threshold, decay, warmup)
-    return clip_by(norm, _capped("zclip", rule, max_norm))
+    return clip_by(norm, _capped("zclip", rule, max_norm), axis_name=axis_name)
 
 
 def adagc(
@@ -201,6 +210,8 @@ def adagc(
     decay: Number = 0.98,
     warmup: int = 100,
     warmup_norm: float | None = 1.0,
+    *,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaGC: clips every leaf to a little above its own running mean.
 
@@ -227,6 +238,7 @@ def adagc(
       warmup: The number of steps to start from; per leaf, norms of 0 not counted.
       warmup_norm: The global norm until then. ``None`` clips nothing in that time, and
         saves a second read of the gradients.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       An ``optax.named_chain`` of a clip by global norm, ``warmup``, and one by leaf
@@ -253,7 +265,7 @@ def adagc(
       Wang et al., `AdaGC: Improving Training Stability for Large Language Model
       Pretraining <https://arxiv.org/abs/2502.11034>`_, 2025
     """
-    clip = clip_by(leaf_norm, ema(ratio, decay, warmup))
+    clip = clip_by(leaf_norm, ema(ratio, decay, warmup), axis_name=axis_name)
     if warmup_norm is None:
         return clip
     _checks.non_negative("adagc", "warmup_norm", warmup_norm)
@@ -261,7 +273,8 @@ def adagc(
     def cap(step: jax.typing.ArrayLike) -> jax.Array:
         return jnp.where(jnp.asarray(step) < warmup, warmup_norm, jnp.inf)
 
-    return optax.named_chain(("warmup", clip_by_global_norm(cap)), ("adagc", clip))
+    warmup_clip = clip_by_global_norm(cap, axis_name=axis_name)
+    return optax.named_chain(("warmup", warmup_clip), ("adagc", clip))
 
 
 def _fraction(call: str, percentile: float) -> float:

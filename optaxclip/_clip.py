@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _gradients
-from optaxclip._decide import Norm, all_of, count_if, decide, infinite_like
+from optaxclip._decide import all_of, count_if, decide, infinite_like
+from optaxclip._measure import Norm, initial
+from optaxclip._mesh import AxisName
+from optaxclip._norms import along
 from optaxclip._thresholds import as_rule
 from optaxclip._thresholds.constant import Rule, Threshold
 
@@ -98,7 +101,11 @@ def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
 
 
 def clip_by(
-    norm: Norm, threshold: Threshold | Rule, apply: Apply = rescale
+    norm: Norm,
+    threshold: Threshold | Rule,
+    apply: Apply = rescale,
+    *,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips updates whose norm exceeds a threshold.
 
@@ -116,6 +123,8 @@ def clip_by(
         ``params`` are the norms of the parameters. Rules compose:
         ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold.
       apply: :func:`rescale` (the default) or :func:`clamp`.
+      axis_name: Which leaves are shares where types cannot tell, handed to ``norm``,
+        see :func:`optaxclip.global_norm`.
 
     Returns:
       A transformation with :class:`ClipState`. It keeps the structure, shapes, dtypes
@@ -150,10 +159,10 @@ def clip_by(
       >>> print(updates["w"], updates["b"])
       [0.6 0.8] [0.5]
     """
-    rule = as_rule(threshold)
+    rule, norm = as_rule(threshold), along(norm, axis_name)
 
     def init(params: PyTree) -> ClipState:
-        norms = norm(_gradients.split(params).gradients)
+        norms = initial(norm, params)
         return ClipState(
             step_count=jnp.zeros((), jnp.int32),
             clip_count=jnp.zeros((), jnp.int32),

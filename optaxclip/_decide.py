@@ -1,17 +1,16 @@
 """Measure and decide: the first half of clipping and of skipping."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import _gradients
+from optaxclip import _gradients, _mesh
+from optaxclip._measure import Norm, measure
 
 PyTree = Any
-Norm = Callable[[PyTree], PyTree]
 
 
 class Decision(NamedTuple):
@@ -37,11 +36,12 @@ def decide(
     ``like`` holds norms of the structure and dtypes that the state has had from the
     start. The rule sees 0 in place of a norm that is not finite, and forgets that step.
     """
-    norms = _measure(norm, gradients, like, "updates")
+    norms = _matching(norm, gradients, like, "updates")
     parameter_norms = None
     if params is not None:
         parameters = _gradients.split(params).gradients
-        parameter_norms = _measure(norm, parameters, like, "params")
+        with _mesh.measured():
+            parameter_norms = _matching(norm, parameters, like, "params")
     finite = all_of(jax.tree.map(jnp.isfinite, norms))
     known = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 0), norms)
     thresholds, new_state = rule.update(
@@ -71,8 +71,8 @@ def infinite_like(norm: jax.Array) -> jax.Array:
     return jnp.full_like(norm, jnp.inf)
 
 
-def _measure(norm: Norm, gradients: PyTree, like: PyTree, argument: str) -> PyTree:
-    norms = norm(gradients)
+def _matching(norm: Norm, gradients: PyTree, like: PyTree, argument: str) -> PyTree:
+    norms = measure(norm, gradients)
     if jax.tree.structure(norms) != jax.tree.structure(like):
         new, old = _leaf_names(norms), _leaf_names(like)
         raise ValueError(

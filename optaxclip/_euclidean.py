@@ -17,39 +17,44 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip import _gradients
-from optaxclip._mesh import reduce_sum, varying_axes
+from optaxclip import _gradients, _mesh
 
 Axes = tuple[int, ...] | None
+Shares = tuple[_mesh.Axes, ...]  # for each leaf
 Arrays = list[jax.Array]
 Sums = Callable[[Arrays, jax.Array], Arrays]  # of leaves, in a unit
 
 
-def joint_norm(leaves: Sequence[jax.Array]) -> jax.Array:
+def joint_norm(leaves: Sequence[jax.Array], shares: Sequence[_mesh.Axes]) -> jax.Array:
     """The norm of all leaves together, a scalar."""
-    return _norms(list(leaves), None)[0]
+    return _norms(list(leaves), None, tuple(shares))[0]
 
 
-def separate_norms(leaves: Sequence[jax.Array], axes: Sequence[Axes]) -> Arrays:
+def separate_norms(
+    leaves: Sequence[jax.Array], axes: Sequence[Axes], shares: Sequence[_mesh.Axes]
+) -> Arrays:
     """A scalar for a leaf whose axes are None, else the norms over these axes."""
-    return _norms(list(leaves), tuple(axes)) if leaves else []
+    return _norms(list(leaves), tuple(axes), tuple(shares)) if leaves else []
 
 
 # Compiled by itself when called eagerly: an eager loop would compile at every call.
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _norms(leaves: Arrays, axes: tuple[Axes, ...] | None) -> Arrays:
-    return _closed_form(leaves, axes)
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _norms(leaves: Arrays, axes: tuple[Axes, ...] | None, shares: Shares) -> Arrays:
+    return _closed_form(leaves, axes, shares)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _closed_form(leaves: Arrays, axes: tuple[Axes, ...] | None) -> Arrays:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _closed_form(
+    leaves: Arrays, axes: tuple[Axes, ...] | None, shares: Shares
+) -> Arrays:
     widest = _gradients.accumulator(*(x.dtype for x in leaves))
     if axes is None:
         count = sum(x.size for x in leaves)
-        return _roots(leaves, _joint_sum, [jnp.zeros((), widest)], [count], False)
+        sums = functools.partial(_joint_sum, shares=shares)
+        return _roots(leaves, sums, [jnp.zeros((), widest)], [count], False)
     zeros = [_zeros(x, axis, widest) for x, axis in zip(leaves, axes, strict=True)]
     counts = [x.size // max(z.size, 1) for x, z in zip(leaves, zeros, strict=True)]
-    sums = functools.partial(_separate_sums, axes=axes)
+    sums = functools.partial(_separate_sums, axes=axes, shares=shares)
     norms = _roots(leaves, sums, zeros, counts, True)
     dtypes = [_gradients.accumulator(x.dtype) for x in leaves]
     return [norm.astype(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
@@ -57,24 +62,27 @@ def _closed_form(leaves: Arrays, axes: tuple[Axes, ...] | None) -> Arrays:
 
 @_closed_form.defjvp
 def _closed_form_jvp(
-    axes: tuple[Axes, ...] | None, primals: Any, tangents: Any
+    axes: tuple[Axes, ...] | None, shares: Shares, primals: Any, tangents: Any
 ) -> tuple[Arrays, Arrays]:
     (leaves,), (directions,) = primals, tangents
-    norms = _closed_form(leaves, axes)
+    norms = _closed_form(leaves, axes, shares)
     divisors = [jnp.where(norm == 0, 1, norm) for norm in norms]
 
-    def slope(x: jax.Array, dx: jax.Array, norm: jax.Array, axis: Axes) -> jax.Array:
+    def slope(
+        x: jax.Array, dx: jax.Array, norm: jax.Array, axis: Axes, share: _mesh.Axes
+    ) -> jax.Array:
         x, dx = _gradients.widen(x, norm.dtype), _gradients.widen(dx, norm.dtype)
         product = x.real / norm * dx.real
         if jnp.iscomplexobj(x):
             product += x.imag / norm * dx.imag
-        return reduce_sum(jnp.sum(product, axis=axis, keepdims=axis is not None))
+        partial = jnp.sum(product, axis=axis, keepdims=axis is not None)
+        return _mesh.reduce_sum(partial, share)
 
     if axes is None:
-        rows = zip(leaves, directions, strict=True)
-        slopes = [slope(x, dx, divisors[0], None) for x, dx in rows]
+        rows = zip(leaves, directions, shares, strict=True)
+        slopes = [slope(x, dx, divisors[0], None, share) for x, dx, share in rows]
         return norms, [functools.reduce(operator.add, slopes)]
-    rows = zip(leaves, directions, divisors, axes, strict=True)
+    rows = zip(leaves, directions, divisors, axes, shares, strict=True)
     return norms, [slope(*row) for row in rows]
 
 
@@ -137,11 +145,9 @@ def _vanished(total: jax.Array, count: int, zero_fits: bool) -> jax.Array:
     return vanished & (total > 0) if zero_fits else vanished
 
 
-def _joint_sum(leaves: Arrays, unit: jax.Array) -> Arrays:
-    groups: dict[tuple[str, ...], Arrays] = {}
-    for square_sum in _sums(leaves, [None] * len(leaves), unit):
-        groups.setdefault(varying_axes(square_sum), []).append(square_sum)
-    totals = [reduce_sum(_total(group)) for group in groups.values()]
+def _joint_sum(leaves: Arrays, unit: jax.Array, shares: Shares) -> Arrays:
+    sums = list(_sums(leaves, [None] * len(leaves), unit))
+    totals = _mesh.reduce_groups(sums, shares, _total, _mesh.reduce_sum)
     return [functools.reduce(operator.add, totals)]
 
 
@@ -150,8 +156,11 @@ def _total(sums: Arrays) -> jax.Array:
     return jnp.sum(lax.optimization_barrier(jnp.stack(sums)))
 
 
-def _separate_sums(leaves: Arrays, unit: jax.Array, axes: Sequence[Axes]) -> Arrays:
-    return [reduce_sum(x) for x in _sums(leaves, axes, unit)]
+def _separate_sums(
+    leaves: Arrays, unit: jax.Array, axes: Sequence[Axes], shares: Shares
+) -> Arrays:
+    sums = _sums(leaves, axes, unit)
+    return [_mesh.reduce_sum(x, of) for x, of in zip(sums, shares, strict=True)]
 
 
 def _sums(leaves: Arrays, axes: Sequence[Axes], unit: jax.Array) -> Iterator[jax.Array]:

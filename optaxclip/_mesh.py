@@ -1,27 +1,159 @@
-"""Completing a reduction over the mesh axes on which its value differs."""
+"""Over which mesh axes devices hold different shares of a leaf, and reducing there.
+
+Within ``shard_map`` the type of an array says over which axes it varies. Nothing does
+under ``pmap``, ``vmap`` and ``shard_map(check_vma=False)``: ``axis_name`` has to.
+"""
+
+import contextlib
+import contextvars
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax import lax
 
+from optaxclip import _gradients
 
-def varying_axes(x: jax.Array) -> tuple[str, ...]:
+PyTree = Any
+AxisName = Any  # a name, a tuple of names, or a prefix tree of these and None
+Axes = tuple[str, ...]
+
+_initialising = contextvars.ContextVar("initialising", default=False)
+_measured = contextvars.ContextVar("measured", default=False)
+
+
+def initialising() -> contextlib.AbstractContextManager[None]:
+    """Within it leaves count as whole: ``init``, of shapes alone, runs outside maps."""
+    return _within(_initialising)
+
+
+def measured() -> contextlib.AbstractContextManager[None]:
+    """Within it nobody is warned: these gradients have been measured before."""
+    return _within(_measured)
+
+
+def shares(call: str, gradients: PyTree, axis_name: AxisName) -> list[Axes]:
+    """For each leaf the axes over which devices hold different shares of it."""
+    _refuse_unreduced(call, gradients)
+    leaves, checked = jax.tree.leaves(gradients), _checked_axes()
+    if _initialising.get():
+        told: list[Axes] = [()] * len(leaves)
+    elif axis_name is None:
+        told = [()] * len(leaves)
+        _warn_of(call, {*jax.sharding.get_abstract_mesh().manual_axes} - checked)
+    else:
+        told = _told(call, gradients, axis_name)
+    return [
+        tuple(sorted({*varying_axes(x)} | ({*axes} - checked)))
+        for x, axes in zip(leaves, told, strict=True)
+    ]
+
+
+def varying_axes(x: jax.Array) -> Axes:
     """The manual mesh axes over which ``x`` is known, from its type, to differ."""
     return tuple(sorted(jax.typeof(x).manual_axis_type.varying))
 
 
-def whole_size(x: jax.Array) -> int | jax.Array:
+def whole_size(x: jax.Array, axes: Axes) -> int:
     """The number of elements of ``x`` on all devices that hold shares of it."""
-    axes = varying_axes(x)
-    return x.size * lax.axis_size(axes) if axes else x.size
+    return x.size * math.prod(lax.axis_size(axis) for axis in axes)
 
 
-def reduce_sum(x: jax.Array) -> jax.Array:
+def reduce_sum(x: jax.Array, axes: Axes) -> jax.Array:
     """Sums over the devices that hold different shares of ``x``."""
-    axes = varying_axes(x)
     return lax.psum(x, axes) if axes else x
 
 
-def reduce_max(x: jax.Array) -> jax.Array:
+def reduce_max(x: jax.Array, axes: Axes) -> jax.Array:
     """The maximum over the devices that hold different shares of ``x``."""
-    axes = varying_axes(x)
     return lax.pmax(x, axes) if axes else x
+
+
+def reduce_groups(
+    values: Sequence[jax.Array],
+    shares: Sequence[Axes],
+    combine: Callable[[list[jax.Array]], jax.Array],
+    reduce: Callable[[jax.Array, Axes], jax.Array],
+) -> list[jax.Array]:
+    """Combines the values that have the same axes, then reduces once for each group."""
+    groups: dict[Axes, list[jax.Array]] = {}
+    for value, axes in zip(values, shares, strict=True):
+        groups.setdefault(axes, []).append(value)
+    return [reduce(combine(group), axes) for axes, group in groups.items()]
+
+
+def _checked_axes() -> set[str]:
+    """The manual mesh axes over which types tell what varies."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return {axis for axis in axes if varying_axes(lax.axis_index(axis))}
+
+
+def _warn_of(call: str, blind: set[str]) -> None:
+    if blind and not _measured.get():
+        warnings.warn(
+            f"`{call}(axis_name=None)` cannot see which leaves are shares over the "
+            f"axes {sorted(blind)} (`pmap`, or `shard_map` with `check_vma=False`) and "
+            "takes all as whole: right if every device holds the same gradients, "
+            "averaged over the devices. Say so with `axis_name=()`, or name the axes "
+            "over which leaves are split.",
+            stacklevel=2,
+        )
+
+
+def _told(call: str, gradients: PyTree, axis_name: AxisName) -> list[Axes]:
+    """The entry of the prefix tree ``axis_name`` for each leaf, as a tuple."""
+    told: list[Axes] = []
+
+    def spread(entry: Any, under: PyTree) -> None:
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        told.extend([axes] * len(jax.tree.leaves(under)))
+
+    try:
+        jax.tree.map(spread, axis_name, gradients, is_leaf=_is_entry)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{call}(axis_name=...)` must be a name, a tuple of names or a prefix "
+            f"tree of these and None for the gradients, got {axis_name!r}: {error}"
+        ) from error
+    for axis in {axis for axes in told for axis in axes}:
+        _check_bound(call, axis)
+    return told
+
+
+def _is_entry(entry: Any) -> bool:
+    is_names = type(entry) is tuple and all(isinstance(name, str) for name in entry)
+    return entry is None or isinstance(entry, str) or is_names
+
+
+def _check_bound(call: str, axis: str) -> None:
+    try:
+        lax.axis_size(axis)
+    except NameError as error:
+        raise ValueError(
+            f"`{call}(axis_name=...)` must name axes of the `pmap`, `shard_map` or "
+            f"`vmap` that it runs in, got {axis!r}."
+        ) from error
+
+
+def _refuse_unreduced(call: str, gradients: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
+        of = jax.typeof(leaf)
+        axes = {*of.sharding.spec.unreduced} | {*of.manual_axis_type.unreduced}
+        if axes:
+            raise ValueError(
+                f"`{call}(tree=...)` must hold reduced leaves, got "
+                f"{_gradients.name(path)!r} of type {of}, still to be summed over the "
+                f"mesh axes {sorted(axes)}: apply `jax.reshard` (under `shard_map`, "
+                "`jax.lax.psum`) to it first."
+            )
+
+
+@contextlib.contextmanager
+def _within(flag: contextvars.ContextVar[bool]) -> Iterator[None]:
+    token = flag.set(True)
+    try:
+        yield
+    finally:
+        flag.reset(token)

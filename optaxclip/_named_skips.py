@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import optax
 
+from optaxclip._mesh import AxisName
 from optaxclip._norms import global_norm
 from optaxclip._skip import skip_by
 from optaxclip._thresholds import window_zscore
@@ -10,7 +11,7 @@ from optaxclip._thresholds._memory import Number
 
 
 def skip_nonfinite(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     """Skips steps with a NaN or an infinity in the gradients: one bad batch is no harm.
 
@@ -21,6 +22,7 @@ def skip_nonfinite(
 
     Args:
       inner: The optimizer to guard.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.SkipState`, see :func:`optaxclip.skip_by`.
@@ -37,7 +39,7 @@ def skip_nonfinite(
       >>> print(updates, optaxclip.metrics(state)["skip_count"])
       [0. 0.] 1
     """
-    return skip_by(inner, global_norm, jnp.inf)
+    return skip_by(inner, global_norm, jnp.inf, axis_name=axis_name)
 
 
 def skip_spikes(
@@ -47,6 +49,7 @@ def skip_spikes(
     min_count: int = 64,
     *,
     watch_loss: bool = False,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips steps whose norm, and if asked whose loss, is far above the last ones.
 
@@ -61,6 +64,7 @@ def skip_spikes(
       window: As in :func:`optaxclip.window_zscore`.
       min_count: As in :func:`optaxclip.window_zscore`.
       watch_loss: As in :func:`optaxclip.skip_by`.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.SkipState`, see :func:`optaxclip.skip_by`.
@@ -84,4 +88,4 @@ def skip_spikes(
       OLMo Team, `2 OLMo 2 Furious <https://arxiv.org/abs/2501.00656>`_, 2024
     """
     rule = window_zscore(z_threshold, window, min_count)
-    return skip_by(inner, global_norm, rule, watch_loss=watch_loss)
+    return skip_by(inner, global_norm, rule, watch_loss=watch_loss, axis_name=axis_name)

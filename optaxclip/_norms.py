@@ -6,20 +6,20 @@ leaves), count complex numbers by modulus, and ignore leaves that are no gradien
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _euclidean, _gradients, unit_axes
-from optaxclip._mesh import reduce_max, reduce_sum, varying_axes, whole_size
+from optaxclip import _euclidean, _gradients, _mesh, unit_axes
+from optaxclip._mesh import AxisName
 
 PyTree = Any
 Ord = int | float
 
 
-def global_norm(tree: PyTree, ord: Ord = 2) -> jax.Array:
+def global_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> jax.Array:
     r"""The norm of all leaves together, as if they were one long vector.
 
     .. math:: \|g\|_2 = \sqrt{\sum_i |g_i|^2}, \quad
@@ -28,15 +28,21 @@ def global_norm(tree: PyTree, ord: Ord = 2) -> jax.Array:
     Args:
       tree: Any pytree of arrays. Leaves that are no gradients are not counted.
       ord: 2, 1 or ``inf``.
+      axis_name: Which leaves are shares, where types cannot tell: under ``pmap``,
+        ``vmap`` and ``shard_map(check_vma=False)``. The axis over which leaves are
+        split, a tuple of axes, or a prefix tree of these for single leaves, with None
+        for whole ones. ``()``: all are whole, the same on every device. None, the
+        default, takes them as whole too, and warns where that may be wrong.
 
     Returns:
       A float32 scalar (float64 if any leaf is float64). An empty tree has norm 0.
       The 2-norm is right from the smallest to the largest normal float32: where a
       square overflows or vanishes, the sum is taken again in a larger or smaller
-      unit. Its derivative at zero is zero.
+      unit. Its derivative at zero is zero. Of shares it is the norm of the whole.
 
     Raises:
-      ValueError: ``ord`` is none of 2, 1, ``inf``.
+      ValueError: ``ord`` is none of 2, 1, ``inf``; ``axis_name`` does not fit the tree
+        or names an axis that is not there; a leaf is unreduced.
 
     Example:
       >>> import jax.numpy as jnp
@@ -46,22 +52,28 @@ def global_norm(tree: PyTree, ord: Ord = 2) -> jax.Array:
       5.0 7.0
     """
     _check_ord("global_norm", ord)
-    leaves = jax.tree.leaves(_gradients.split(tree).gradients)
+    gradients = _gradients.split(tree).gradients
+    leaves = jax.tree.leaves(gradients)
+    shares = _mesh.shares("global_norm", gradients, axis_name)
     if not leaves:
         return jnp.zeros((), jnp.float32)
     if ord == 2:
-        return _euclidean.joint_norm(leaves)
+        return _euclidean.joint_norm(leaves, shares)
     dtype = _gradients.accumulator(*(x.dtype for x in leaves))
-    norms = [_norm(_gradients.widen(x, dtype), None, ord) for x in leaves]
-    return functools.reduce(jnp.maximum if ord == math.inf else jnp.add, norms)
+    norms = [_local(_gradients.widen(x, dtype), None, ord) for x in leaves]
+    combine = functools.partial(
+        functools.reduce, jnp.maximum if ord == math.inf else jnp.add
+    )
+    return combine(_mesh.reduce_groups(norms, shares, combine, _reduction(ord)))
 
 
-def leaf_norm(tree: PyTree, ord: Ord = 2) -> PyTree:
+def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTree:
     """The norm of every leaf by itself.
 
     Args:
       tree: Any pytree of arrays.
       ord: 2, 1 or ``inf``, see :func:`global_norm`.
+      axis_name: As in :func:`global_norm`.
 
     Returns:
       A tree of float32 scalars (float64 for float64 leaves), with an
@@ -70,7 +82,7 @@ def leaf_norm(tree: PyTree, ord: Ord = 2) -> PyTree:
       as 0.
 
     Raises:
-      ValueError: ``ord`` is none of 2, 1, ``inf``.
+      ValueError: as :func:`global_norm` does.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,10 +93,18 @@ def leaf_norm(tree: PyTree, ord: Ord = 2) -> PyTree:
     """
     _check_ord("leaf_norm", ord)
     gradients = _gradients.split(tree).gradients
-    return _separate(gradients, [None] * len(jax.tree.leaves(gradients)), ord)
+    leaves = jax.tree.leaves(gradients)
+    shares = _mesh.shares("leaf_norm", gradients, axis_name)
+    return _separate(gradients, [None] * len(leaves), shares, ord)
 
 
-def unit_norm(tree: PyTree, axis: unit_axes.Axis = None, ord: Ord = 2) -> PyTree:
+def unit_norm(
+    tree: PyTree,
+    axis: unit_axes.Axis = None,
+    ord: Ord = 2,
+    *,
+    axis_name: AxisName = None,
+) -> PyTree:
     """The norm of every unit: of the weights that feed one output.
 
     Args:
@@ -94,14 +114,16 @@ def unit_norm(tree: PyTree, axis: unit_axes.Axis = None, ord: Ord = 2) -> PyTree
         leaf; a function ``(path, leaf) -> axes`` (see :mod:`optaxclip.unit_axes`) or
         a prefix tree of any of these says it leaf by leaf.
       ord: 2, 1 or ``inf``, see :func:`global_norm`.
+      axis_name: As in :func:`global_norm`; leaves must be whole, so ``()`` or None.
 
     Returns:
       As :func:`leaf_norm`, but each leaf keeps its rank: the summed axes have length
       1, so that a norm broadcasts against its leaf.
 
     Raises:
-      ValueError: ``ord`` is none of 2, 1, ``inf``; a leaf lacks one of the axes; or
-        ``axis`` is None and a leaf has more than 5 axes.
+      ValueError: as :func:`global_norm` does; a leaf lacks one of the axes; ``axis``
+        is None and a leaf has more than 5 axes; or a leaf is a share of one within
+        ``shard_map`` or ``pmap`` (under ``jit`` leaves may be sharded as they please).
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,24 +134,28 @@ def unit_norm(tree: PyTree, axis: unit_axes.Axis = None, ord: Ord = 2) -> PyTree
     """
     _check_ord("unit_norm", ord)
     gradients = _gradients.split(tree).gradients
-    shares = {a for x in jax.tree.leaves(gradients) for a in varying_axes(x)}
-    if shares:
+    shares = _mesh.shares("unit_norm", gradients, axis_name)
+    if any(shares):
         raise ValueError(
-            "`unit_norm(tree=...)` must hold whole leaves, got shares of them that "
-            f"vary over the mesh axes {sorted(shares)}: within `shard_map` nothing "
+            "`unit_norm(tree=...)` must hold whole leaves, got shares of them over the "
+            f"mesh axes {sorted({axis for axes in shares for axis in axes})}: nothing "
             "says which units they belong to. Measure units under `jit` instead."
         )
-    return _separate(gradients, unit_axes.resolve(axis, gradients), ord)
+    return _separate(gradients, unit_axes.resolve(axis, gradients), shares, ord)
 
 
-def leaf_rms(tree: PyTree) -> PyTree:
+def leaf_rms(tree: PyTree, *, axis_name: AxisName = None) -> PyTree:
     r"""The root mean square of every leaf: its 2-norm over :math:`\sqrt{size}`.
 
     Args:
       tree: Any pytree of arrays.
+      axis_name: As in :func:`global_norm`.
 
     Returns:
       As :func:`leaf_norm`. A leaf without elements has a root mean square of 0.
+
+    Raises:
+      ValueError: as :func:`global_norm` does.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,10 +164,21 @@ def leaf_rms(tree: PyTree) -> PyTree:
       5.0
     """
     gradients = _gradients.split(tree).gradients
-    norms = leaf_norm(gradients)
+    leaves = jax.tree.leaves(gradients)
+    shares = _mesh.shares("leaf_rms", gradients, axis_name)
+    norms = _separate(gradients, [None] * len(leaves), shares, 2)
+    sizes = [_mesh.whole_size(x, axes) for x, axes in zip(leaves, shares, strict=True)]
+    roots = [math.sqrt(max(size, 1)) for size in sizes]
     return jax.tree.map(
-        lambda n, x: n / math.sqrt(max(whole_size(x), 1)), norms, gradients
+        lambda norm, root: norm / root,
+        norms,
+        jax.tree.unflatten(jax.tree.structure(norms), roots),
     )
+
+
+def along(norm: Any, axis_name: AxisName) -> Any:
+    """The norm with ``axis_name`` given; itself where none is."""
+    return norm if axis_name is None else functools.partial(norm, axis_name=axis_name)
 
 
 def _check_ord(call: str, ord: Ord) -> None:
@@ -150,20 +187,28 @@ def _check_ord(call: str, ord: Ord) -> None:
 
 
 def _separate(
-    gradients: PyTree, axes: Sequence[tuple[int, ...] | None], ord: Ord
+    gradients: PyTree,
+    axes: Sequence[tuple[int, ...] | None],
+    shares: Sequence[_mesh.Axes],
+    ord: Ord,
 ) -> PyTree:
     """One norm a leaf (axes None) or a unit (the axes to sum over)."""
     leaves, treedef = jax.tree.flatten(gradients)
     if ord == 2:
-        return treedef.unflatten(_euclidean.separate_norms(leaves, axes))
-    rows = zip(leaves, axes, strict=True)
-    return treedef.unflatten([_norm(leaf, axis, ord) for leaf, axis in rows])
+        return treedef.unflatten(_euclidean.separate_norms(leaves, axes, shares))
+    rows = zip(leaves, axes, shares, strict=True)
+    reduce = _reduction(ord)
+    return treedef.unflatten([reduce(_local(x, axis, ord), on) for x, axis, on in rows])
 
 
-def _norm(leaf: jax.Array, axis: tuple[int, ...] | None, ord: Ord) -> jax.Array:
-    """The 1- or max-norm of a leaf over ``axis``, or over all of it."""
+def _local(leaf: jax.Array, axis: tuple[int, ...] | None, ord: Ord) -> jax.Array:
+    """The 1- or max-norm of what this device has of a leaf, over ``axis`` or all."""
     modulus = jnp.abs(_gradients.widen(leaf, _gradients.accumulator(leaf.dtype)))
     keepdims = axis is not None
     if ord == 1:
-        return reduce_sum(jnp.sum(modulus, axis=axis, keepdims=keepdims))
-    return reduce_max(jnp.max(modulus, axis=axis, keepdims=keepdims, initial=0))
+        return jnp.sum(modulus, axis=axis, keepdims=keepdims)
+    return jnp.max(modulus, axis=axis, keepdims=keepdims, initial=0)
+
+
+def _reduction(ord: Ord) -> Callable[[jax.Array, _mesh.Axes], jax.Array]:
+    return _mesh.reduce_sum if ord == 1 else _mesh.reduce_max

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _gradients
-from optaxclip._decide import Norm, all_of, count_if, decide, infinite_like
-from optaxclip._norms import global_norm
+from optaxclip._decide import all_of, count_if, decide, infinite_like
+from optaxclip._measure import Norm, handing_over, initial, measure
+from optaxclip._mesh import AxisName, varying_axes
+from optaxclip._norms import along, global_norm
 from optaxclip._thresholds import as_rule
 from optaxclip._thresholds.constant import Rule, Threshold
 
@@ -52,6 +54,7 @@ def skip_by(
     threshold: Threshold | Rule = jnp.inf,
     *,
     watch_loss: bool = False,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips whole steps whose norm exceeds a threshold or is not finite.
 
@@ -69,6 +72,7 @@ def skip_by(
       watch_loss: Holds the loss to the same rule, by a memory of its own: pass it as
         ``update(updates, state, params, loss=loss)``. A loss that is not finite skips
         the step too. Meant for positive losses and adaptive rules.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`SkipState`. After a skip the updates are zeros of
@@ -86,7 +90,8 @@ def skip_by(
       ==========================  ==================================================
 
     Raises:
-      ValueError: at the update, with ``watch_loss`` and without ``loss``.
+      ValueError: at the update, with ``watch_loss`` and without ``loss``, or with one
+        that differs between devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,7 +108,7 @@ def skip_by(
       [0. 0.] 2
     """
     inner = optax.with_extra_args_support(inner)
-    guard = _Guard(inner, norm, as_rule(threshold), watch_loss)
+    guard = _Guard(inner, along(norm, axis_name), as_rule(threshold), watch_loss)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -123,6 +128,7 @@ def guarded_step(
     threshold: Threshold | Rule = jnp.inf,
     *,
     watch_loss: bool = False,
+    axis_name: AxisName = None,
 ) -> GuardedStep:
     r"""The step of :func:`skip_by` and ``optax.apply_updates`` in one, and cheaper.
 
@@ -136,6 +142,7 @@ def guarded_step(
       norm: As in :func:`skip_by`.
       threshold: As in :func:`skip_by`.
       watch_loss: As in :func:`skip_by`.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A pair of functions. ``init(params)`` gives the :class:`SkipState` that
@@ -159,7 +166,7 @@ def guarded_step(
       [-1. -1.] 1
     """
     inner = optax.with_extra_args_support(inner)
-    guard = _Guard(inner, norm, as_rule(threshold), watch_loss)
+    guard = _Guard(inner, along(norm, axis_name), as_rule(threshold), watch_loss)
 
     def step(
         updates: PyTree, params: PyTree, state: Any, **extra_args: Any
@@ -185,9 +192,7 @@ class _Guard(NamedTuple):
     watch_loss: bool
 
     def init(self, params: PyTree) -> SkipState:
-        norms = self._norm(jnp.zeros((), jnp.float32))(
-            _gradients.split(params).gradients
-        )
+        norms = initial(self._norm(jnp.zeros((), jnp.float32)), params)
         return SkipState(
             skip_count=jnp.zeros((), jnp.int32),
             skipped_in_a_row=jnp.zeros((), jnp.int32),
@@ -210,9 +215,10 @@ class _Guard(NamedTuple):
         extra_args: dict[str, Any],
     ) -> tuple[PyTree, SkipState]:
         """What ``run(inner_state)`` gives, or on a bad step ``stay(inner_state)``."""
+        gradients = _gradients.split(updates).gradients
         norms, thresholds, finite, memory = decide(
             self._norm(extra_args.get("loss")),
-            _gradients.split(updates).gradients,
+            gradients,
             params,
             state.skip_metrics.skip_norm,
             self.rule,
@@ -221,7 +227,10 @@ class _Guard(NamedTuple):
         )
         within = jax.tree.map(lambda norm, bound: norm <= bound, norms, thresholds)
         good = finite & all_of(within)
-        result, inner_state = jax.lax.cond(good, run, stay, state.inner_state)
+        with handing_over(
+            self.norm, gradients, norms["grad_norm"] if self.watch_loss else norms
+        ):
+            result, inner_state = jax.lax.cond(good, run, stay, state.inner_state)
         in_a_row = jnp.where(good, 0, count_if(~good, state.skipped_in_a_row))
         return result, SkipState(
             skip_count=count_if(~good, state.skip_count),
@@ -241,7 +250,12 @@ class _Guard(NamedTuple):
                 "`update(updates, state, params, loss=loss)`."
             )
         scalar = jnp.asarray(loss).astype(jnp.float32)
-        return lambda tree: {"grad_norm": self.norm(tree), "loss": scalar}
+        if axes := varying_axes(scalar):
+            raise ValueError(
+                "`update(loss=...)` must be the same on all devices, got one that "
+                f"varies over the mesh axes {list(axes)}: apply `jax.lax.pmean` first."
+            )
+        return lambda tree: {"grad_norm": measure(self.norm, tree), "loss": scalar}
 
 
 def not_made(

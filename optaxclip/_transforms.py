@@ -8,12 +8,15 @@ import optax
 
 from optaxclip import _checks, unit_axes
 from optaxclip._clip import clamp, clip_by
+from optaxclip._mesh import AxisName
 from optaxclip._norms import global_norm, leaf_norm, leaf_rms, unit_norm
 from optaxclip._thresholds import constant, relative
 from optaxclip._thresholds.constant import Threshold
 
 
-def clip_by_value(max_value: Threshold) -> optax.GradientTransformationExtraArgs:
+def clip_by_value(
+    max_value: Threshold, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Cuts every element at plus and minus a value.
 
     .. math:: g_i \leftarrow \min(\max(g_i, -v), v)
@@ -24,6 +27,7 @@ def clip_by_value(max_value: Threshold) -> optax.GradientTransformationExtraArgs
     Args:
       max_value: The value :math:`v \ge 0`: a number, an array of shape () or a
         schedule ``step -> number``.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`; dtypes are kept. Complex
@@ -44,10 +48,12 @@ def clip_by_value(max_value: Threshold) -> optax.GradientTransformationExtraArgs
     """
     _checks.non_negative("clip_by_value", "max_value", max_value)
     max_norm = functools.partial(global_norm, ord=math.inf)
-    return clip_by(max_norm, constant(max_value), apply=clamp)
+    return clip_by(max_norm, constant(max_value), apply=clamp, axis_name=axis_name)
 
 
-def clip_by_global_norm(max_norm: Threshold) -> optax.GradientTransformationExtraArgs:
+def clip_by_global_norm(
+    max_norm: Threshold, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Scales the whole update down to a global 2-norm.
 
     .. math:: g \leftarrow g \cdot \min(1, c / \|g\|_2)
@@ -58,6 +64,7 @@ def clip_by_global_norm(max_norm: Threshold) -> optax.GradientTransformationExtr
     Args:
       max_norm: The largest norm :math:`c \ge 0`: a number, an array of shape () or a
         schedule ``step -> number``.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`; dtypes are kept. For norms
@@ -80,10 +87,12 @@ def clip_by_global_norm(max_norm: Threshold) -> optax.GradientTransformationExtr
       <https://arxiv.org/abs/1211.5063>`_, 2013
     """
     _checks.non_negative("clip_by_global_norm", "max_norm", max_norm)
-    return clip_by(global_norm, constant(max_norm))
+    return clip_by(global_norm, constant(max_norm), axis_name=axis_name)
 
 
-def clip_by_leaf_norm(max_norm: Threshold) -> optax.GradientTransformationExtraArgs:
+def clip_by_leaf_norm(
+    max_norm: Threshold, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Scales every leaf by itself down to a 2-norm.
 
     .. math:: g_l \leftarrow g_l \cdot \min(1, c / \|g_l\|_2)
@@ -94,6 +103,7 @@ def clip_by_leaf_norm(max_norm: Threshold) -> optax.GradientTransformationExtraA
     Args:
       max_norm: The largest norm :math:`c \ge 0` of a leaf: a number, an array of shape
         () or a schedule ``step -> number``.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`, whose metrics hold one norm a
@@ -113,10 +123,12 @@ def clip_by_leaf_norm(max_norm: Threshold) -> optax.GradientTransformationExtraA
       [0.6 0.8] [0.5]
     """
     _checks.non_negative("clip_by_leaf_norm", "max_norm", max_norm)
-    return clip_by(leaf_norm, constant(max_norm))
+    return clip_by(leaf_norm, constant(max_norm), axis_name=axis_name)
 
 
-def clip_by_block_rms(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
+def clip_by_block_rms(
+    threshold: Threshold, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Scales every leaf by itself down to a root mean square.
 
     .. math:: g_l \leftarrow g_l / \max(1, \mathrm{RMS}(g_l) / d), \quad
@@ -128,6 +140,7 @@ def clip_by_block_rms(threshold: Threshold) -> optax.GradientTransformationExtra
     Args:
       threshold: The largest root mean square :math:`d \ge 0` of a leaf: a number, an
         array of shape () or a schedule ``step -> number``.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`, whose metrics hold one root
@@ -150,13 +163,15 @@ def clip_by_block_rms(threshold: Threshold) -> optax.GradientTransformationExtra
       <https://arxiv.org/abs/1804.04235>`_, 2018
     """
     _checks.non_negative("clip_by_block_rms", "threshold", threshold)
-    return clip_by(leaf_rms, constant(threshold))
+    return clip_by(leaf_rms, constant(threshold), axis_name=axis_name)
 
 
 def adaptive_grad_clip(
     clipping: Threshold,
     eps: jax.typing.ArrayLike = 1e-3,
     axis: unit_axes.Axis = None,
+    *,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Holds the gradient of every unit in proportion to the unit's weights (AGC).
 
@@ -177,6 +192,7 @@ def adaptive_grad_clip(
         goes by rank, as optax does. Say it for Equinox and PyTorch layouts, 1-D
         convolutions, attention and stacked layers: :mod:`optaxclip.unit_axes` has a
         function for each. ``optax.inject_hyperparams`` needs it in its ``static_args``.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`, whose metrics hold one norm a
@@ -204,6 +220,5 @@ def adaptive_grad_clip(
     """
     _checks.non_negative("adaptive_grad_clip", "clipping", clipping)
     _checks.non_negative("adaptive_grad_clip", "eps", eps)
-    return clip_by(
-        functools.partial(unit_norm, axis=axis), relative(clipping, floor=eps)
-    )
+    norm = functools.partial(unit_norm, axis=axis)
+    return clip_by(norm, relative(clipping, floor=eps), axis_name=axis_name)

@@ -121,7 +121,7 @@ def test_units_of_shares():
     mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")
     norm = jax.shard_map(optaxclip.unit_norm, mesh=mesh, in_specs=spec, out_specs=spec)
-    with pytest.raises(ValueError, match=r"vary over the mesh axes \['x'\]"):
+    with pytest.raises(ValueError, match=r"shares of them over the mesh axes \['x'\]"):
         norm(jnp.ones((8, 3)))
 
 
