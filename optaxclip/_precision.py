@@ -15,7 +15,9 @@ import optax
 
 from optaxclip import _checks, _gradients, _states
 from optaxclip._decide import count_if
-from optaxclip._norms import global_norm
+from optaxclip._measure import handing_over, measure
+from optaxclip._mesh import AxisName
+from optaxclip._norms import along, global_norm
 from optaxclip._skip import not_made
 
 PyTree = Any
@@ -41,6 +43,8 @@ def dynamic_loss_scale(
     backoff_factor: float = 0.5,
     min_scale: float = 1.0,
     max_scale: float = 2.0**24,
+    *,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides gradients of a scaled loss by the scale, and finds a scale that fits.
 
@@ -67,6 +71,7 @@ def dynamic_loss_scale(
       min_scale: :math:`s_{min}`, at least 2**-126.
       max_scale: :math:`s_{max}`, at most 2**126. Powers of two for all five change no
         bit of a gradient but its exponent. Equal to ``min_scale``: a fixed scale.
+      axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`LossScaleState`. ``inner`` gets gradients and
@@ -125,6 +130,7 @@ def dynamic_loss_scale(
         init_scale, growth_interval, growth_factor, backoff_factor, min_scale, max_scale
     )
     inner = optax.with_extra_args_support(inner)
+    norm = along(global_norm, axis_name)
 
     def init(params: PyTree) -> LossScaleState:
         return LossScaleState(
@@ -137,16 +143,20 @@ def dynamic_loss_scale(
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, LossScaleState]:
-        # Within the conditional, so that it is not handed a float32 copy of them.
-        def run(inner_state: PyTree) -> tuple[PyTree, PyTree]:
-            true = _divided(updates, state.loss_scale)
-            return inner.update(true, inner_state, _widened(params), **extra_args)
+        scale = state.loss_scale
+        size = measure(norm, _gradients.split(updates).gradients)
+        good = jnp.isfinite(size)
 
-        good = jnp.isfinite(global_norm(updates))
+        # Divides within the conditional, which else would be handed a float32 copy.
+        def run(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+            true = _divided(updates, scale)
+            true_size = size / scale.astype(size.dtype)
+            with handing_over(norm, _gradients.split(true).gradients, true_size):
+                return inner.update(true, inner_state, _widened(params), **extra_args)
+
         stay = not_made(run, updates)
         result, inner_state = jax.lax.cond(good, run, stay, state.inner_state)
         steps = jnp.where(good, count_if(good, state.steps_since_overflow), 0)
-        scale = state.loss_scale
         larger = jnp.minimum(scale * float(growth_factor), float(max_scale))
         smaller = jnp.maximum(scale * float(backoff_factor), float(min_scale))
         is_time = steps % min(int(growth_interval), _FOREVER) == 0

@@ -38,7 +38,7 @@ def test_every_public_callable_has_an_example_or_fields(name):
     assert is_part or ">>>" in value.__doc__
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/recipes.md"])
 def test_the_python_blocks_of_a_page_run_in_order(page):
     text = (ROOT / page).read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

@@ -12,6 +12,7 @@ import pytest
 from cases import TREES, array, assert_same_bits, is_gradient
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
+from test_budget import compiled_step, gpt_like
 
 import optaxclip
 
@@ -484,6 +485,75 @@ def test_nnx_optimizer():
     report = step(model, optimizer, jnp.full((1, 2), jnp.inf))
     assert (report["loss_scale"], report["overflow_count"]) == (4.0, 1)
     np.testing.assert_array_equal(model.kernel[...], moved)
+
+
+# Eight devices; tests/test_order.py trains on them
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_an_overflow_on_one_device_is_one_on_all(checked):
+    """Of a share: types say so, or where they cannot, `axis_name`."""
+    axis = {} if checked else {"axis_name": "x"}
+    clip = optaxclip.clip_by_global_norm(1.0, **axis)
+    tx = optaxclip.dynamic_loss_scale(optax.chain(clip, optax.sgd(1.0)), 4.0, **axis)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(jax.P("x"), jax.P()),
+        out_specs=(jax.P("x"), jax.P()),
+        check_vma=checked,
+    )
+    def step(grads, state):
+        updates, state = tx.update({"w": grads}, state)
+        return updates["w"], state
+
+    grads = array(16, 3)
+    state = tx.init({"w": grads})
+    updates, state = step(4 * grads, state)
+    norm = np.linalg.norm(grads)
+    np.testing.assert_allclose(updates, -grads / norm, rtol=1e-6)
+    np.testing.assert_allclose(optaxclip.metrics(state)["grad_norm"], norm, rtol=1e-6)
+    for count in (1, 2):
+        updates, state = step(grads.at[5, 0].set(jnp.inf), state)
+        assert_zero(updates)
+        assert kept(state) == (4.0 / 2**count, 0, count)
+
+
+def test_pmap_without_a_word_on_what_is_whole_warns_once():
+    tx = optaxclip.dynamic_loss_scale(optaxclip.clip_by_global_norm(1.0))
+    step = jax.pmap(lambda grads: tx.update(grads, tx.init(grads))[0], axis_name="x")
+    with pytest.warns(UserWarning, match=r"`global_norm\(axis_name=None\)`") as record:
+        step(jnp.ones((8, 3)))
+    assert len(record) == 1
+
+
+# What it costs, read from the compiled program as in `test_budget`
+
+
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the budgets are for programs of the CPU"
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_it_costs_what_a_skip_costs_and_makes_no_wide_copy_of_the_gradients(dtype):
+    def cost(wrap):
+        clip = optaxclip.clip_by_global_norm(1.0)
+        inner = optax.chain(clip, standard(optax.adamw(1e-3)))
+        with jax.numpy_dtype_promotion("standard"):
+            program = compiled_step(wrap(inner), params)
+        accessed = program.cost_analysis()["bytes accessed"]
+        return accessed, program.memory_analysis().temp_size_in_bytes
+
+    params = gpt_like(dtype, layers=2)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    (accessed, temporary), (skip, _) = map(
+        cost, (optaxclip.dynamic_loss_scale, optaxclip.skip_nonfinite)
+    )
+    assert temporary <= 1.02 * 4 * size  # the updates, in float32
+    if dtype == jnp.float32:  # else the moments of the skip are narrower
+        assert accessed - skip <= 0.05 * 4 * size
 
 
 # Reading, and errors

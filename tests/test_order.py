@@ -131,7 +131,7 @@ def test_the_reference_decides_both_ways(name):
 
 @every_transform
 def test_pmap_and_pmean(name):
-    tx = TRANSFORMS[name]()
+    tx = TRANSFORMS[name](axis_name=())  # averaged, so whole on every device
 
     @functools.partial(jax.pmap, axis_name="data")
     def step(params, state, batch):
