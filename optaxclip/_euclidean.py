@@ -147,8 +147,7 @@ def _vanished(total: jax.Array, count: int, zero_fits: bool) -> jax.Array:
 
 def _joint_sum(leaves: Arrays, unit: jax.Array, shares: Shares) -> Arrays:
     sums = list(_sums(leaves, [None] * len(leaves), unit))
-    totals = _mesh.reduce_groups(sums, shares, _total, _mesh.reduce_sum)
-    return [functools.reduce(operator.add, totals)]
+    return [_mesh.reduce_total(sums, shares, _total)]
 
 
 def _total(sums: Arrays) -> jax.Array:

@@ -6,7 +6,9 @@ under ``pmap``, ``vmap`` and ``shard_map(check_vma=False)``: ``axis_name`` has t
 
 import contextlib
 import contextvars
+import functools
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -71,17 +73,17 @@ def reduce_max(x: jax.Array, axes: Axes) -> jax.Array:
     return lax.pmax(x, axes) if axes else x
 
 
-def reduce_groups(
+def reduce_total(
     values: Sequence[jax.Array],
     shares: Sequence[Axes],
-    combine: Callable[[list[jax.Array]], jax.Array],
-    reduce: Callable[[jax.Array, Axes], jax.Array],
-) -> list[jax.Array]:
-    """Combines the values that have the same axes, then reduces once for each group."""
+    total: Callable[[list[jax.Array]], jax.Array],
+) -> jax.Array:
+    """The total of all values, reduced once for each group that has the same axes."""
     groups: dict[Axes, list[jax.Array]] = {}
     for value, axes in zip(values, shares, strict=True):
         groups.setdefault(axes, []).append(value)
-    return [reduce(combine(group), axes) for axes, group in groups.items()]
+    totals = [reduce_sum(total(group), axes) for axes, group in groups.items()]
+    return functools.reduce(operator.add, totals)
 
 
 def _checked_axes() -> set[str]:
@@ -107,12 +109,14 @@ def _told(call: str, gradients: PyTree, axis_name: AxisName) -> list[Axes]:
     told: list[Axes] = []
 
     def spread(entry: Any, under: PyTree) -> None:
+        if not _is_entry(entry):
+            raise ValueError(f"{entry!r} is none of them.")
         axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
         told.extend([axes] * len(jax.tree.leaves(under)))
 
     try:
         jax.tree.map(spread, axis_name, gradients, is_leaf=_is_entry)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(
             f"`{call}(axis_name=...)` must be a name, a tuple of names or a prefix "
             f"tree of these and None for the gradients, got {axis_name!r}: {error}"

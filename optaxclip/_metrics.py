@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from optaxclip import _states
 from optaxclip._clip import ClipState, clip_scale
+from optaxclip._maximum import largest
 from optaxclip._precision import LossScaleState
 from optaxclip._skip import SkipState
 
@@ -184,7 +185,8 @@ class _Row(NamedTuple):
 def _worst(row: _Row) -> _Row:
     """The norm that exceeds its threshold most; where none has one, the largest.
 
-    Found by maxima alone, which, unlike indexing, work on sharded norms.
+    Found by maxima alone, which, unlike indexing, work on sharded norms; by such as
+    keep NaN on the way between devices.
     """
     norm, threshold = row
     if not norm.size:
@@ -194,7 +196,7 @@ def _worst(row: _Row) -> _Row:
     ratio = jnp.where(jnp.all(jnp.isinf(threshold)), norm, ratio)
     ratio = jnp.where(jnp.isnan(ratio), jnp.inf, ratio)
     here = ratio == jnp.max(ratio)
-    return _Row(*(jnp.max(jnp.where(here, x, -jnp.inf)) for x in row))
+    return _Row(*(largest(jnp.where(here, x, 0), None, ()) for x in row))
 
 
 def _stacked(rows: list[_Row]) -> _Row:

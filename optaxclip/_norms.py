@@ -6,13 +6,15 @@ leaves), count complex numbers by modulus, and ignore leaves that are no gradien
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optaxclip import _euclidean, _gradients, _mesh, unit_axes
+from optaxclip._maximum import largest
 from optaxclip._mesh import AxisName
 
 PyTree = Any
@@ -60,11 +62,12 @@ def global_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> ja
     if ord == 2:
         return _euclidean.joint_norm(leaves, shares)
     dtype = _gradients.accumulator(*(x.dtype for x in leaves))
-    norms = [_local(_gradients.widen(x, dtype), None, ord) for x in leaves]
-    combine = functools.partial(
-        functools.reduce, jnp.maximum if ord == math.inf else jnp.add
-    )
-    return combine(_mesh.reduce_groups(norms, shares, combine, _reduction(ord)))
+    moduli = [jnp.abs(_gradients.widen(x, dtype)) for x in leaves]
+    if ord == 1:
+        sums = [jnp.sum(x) for x in moduli]
+        return _mesh.reduce_total(sums, shares, _sequential_sum)
+    rows = zip(moduli, shares, strict=True)
+    return functools.reduce(jnp.maximum, [largest(x, None, on) for x, on in rows])
 
 
 def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTree:
@@ -176,6 +179,10 @@ def leaf_rms(tree: PyTree, *, axis_name: AxisName = None) -> PyTree:
     )
 
 
+def _sequential_sum(values: list[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, values)
+
+
 def along(norm: Any, axis_name: AxisName) -> Any:
     """The norm with ``axis_name`` given; itself where none is."""
     return norm if axis_name is None else functools.partial(norm, axis_name=axis_name)
@@ -197,18 +204,15 @@ def _separate(
     if ord == 2:
         return treedef.unflatten(_euclidean.separate_norms(leaves, axes, shares))
     rows = zip(leaves, axes, shares, strict=True)
-    reduce = _reduction(ord)
-    return treedef.unflatten([reduce(_local(x, axis, ord), on) for x, axis, on in rows])
+    return treedef.unflatten([_norm(*row, ord) for row in rows])
 
 
-def _local(leaf: jax.Array, axis: tuple[int, ...] | None, ord: Ord) -> jax.Array:
-    """The 1- or max-norm of what this device has of a leaf, over ``axis`` or all."""
+def _norm(
+    leaf: jax.Array, axis: tuple[int, ...] | None, share: _mesh.Axes, ord: Ord
+) -> jax.Array:
+    """The 1- or max-norm of a leaf over ``axis``, or over all of it."""
     modulus = jnp.abs(_gradients.widen(leaf, _gradients.accumulator(leaf.dtype)))
-    keepdims = axis is not None
-    if ord == 1:
-        return jnp.sum(modulus, axis=axis, keepdims=keepdims)
-    return jnp.max(modulus, axis=axis, keepdims=keepdims, initial=0)
-
-
-def _reduction(ord: Ord) -> Callable[[jax.Array, _mesh.Axes], jax.Array]:
-    return _mesh.reduce_sum if ord == 1 else _mesh.reduce_max
+    if ord == math.inf:
+        return largest(modulus, axis, share)
+    total = jnp.sum(modulus, axis=axis, keepdims=axis is not None)
+    return _mesh.reduce_sum(total, share)

@@ -1,0 +1,45 @@
+"""The max-norm: NaN where there is one, on every device, and differentiable.
+
+Between devices a maximum of floats may lose a NaN (XLA for CPU does), so that one
+device clips and another does not. As integers the bits of numbers that are not negative
+have the order of the numbers, with infinity above all of them and NaN above infinity.
+Integers have no derivative, so that of the maximum is given: the mean over its places.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optaxclip import _mesh
+
+ArrayAxes = tuple[int, ...] | None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def largest(modulus: jax.Array, axis: ArrayAxes, share: _mesh.Axes) -> jax.Array:
+    """The largest of numbers that are not negative, over ``axis`` or all; 0 of none."""
+    integer = jnp.int64 if modulus.dtype == jnp.float64 else jnp.int32
+    bits = lax.bitcast_convert_type(modulus, integer)
+    top = jnp.max(bits, axis=axis, keepdims=axis is not None, initial=0)
+    return lax.bitcast_convert_type(_mesh.reduce_max(top, share), modulus.dtype)
+
+
+@largest.defjvp
+def _largest_jvp(
+    axis: ArrayAxes,
+    share: _mesh.Axes,
+    primals: tuple[jax.Array],
+    tangents: tuple[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    (modulus,), (direction,) = primals, tangents
+    norm = largest(modulus, axis, share)
+    here = modulus == norm
+
+    def total(x: jax.Array) -> jax.Array:
+        x = jnp.sum(x, axis=axis, keepdims=axis is not None)
+        return _mesh.reduce_sum(x, share)
+
+    places = total(here.astype(norm.dtype))
+    return norm, total(jnp.where(here, direction, 0)) / jnp.maximum(places, 1)

@@ -1,0 +1,318 @@
+"""Under `shard_map`, `pmap` and `vmap` a clip of shares is that of the whole tree.
+
+With varying-axes checking types say what is a share, without it `axis_name` does. The
+expectation is the same run on one device, see `meshes.run`.
+"""
+
+import functools
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from meshes import (
+    EVERY,
+    KINDS,
+    OF_UNITS,
+    ONE_AXIS,
+    SKIPS,
+    THRESHOLD,
+    TWO_AXES,
+    assert_same_run,
+    gradients,
+    mesh,
+    parameters,
+    put,
+    run,
+    stacked,
+)
+
+import optaxclip
+
+MESHES = {"1-D": ((8,), ONE_AXIS), "2-D": ((4, 2), TWO_AXES)}
+OF_LEAVES = sorted(EVERY.keys() - OF_UNITS)
+
+# Transforms that are told which leaves are shares.
+TOLD = {
+    "clip_by_value": optaxclip.clip_by_value,
+    "clip_by_global_norm": optaxclip.clip_by_global_norm,
+    "clip_by_leaf_norm": optaxclip.clip_by_leaf_norm,
+    "clip_by_block_rms": optaxclip.clip_by_block_rms,
+    "clip_by(global_norm, ord=1)": lambda t, **kwargs: optaxclip.clip_by(
+        lambda tree: optaxclip.global_norm(tree, ord=1, **kwargs), t
+    ),
+    "clip_by(leaf_norm, ord=inf)": lambda t, **kwargs: optaxclip.clip_by(
+        functools.partial(optaxclip.leaf_norm, ord=np.inf), t, **kwargs
+    ),
+    "clip_by_percentile": lambda t, **kwargs: optaxclip.clip_by_percentile(
+        95, 20, max_norm=t, **kwargs
+    ),
+    "clip_by_percentile(leaf)": lambda t, **kwargs: optaxclip.clip_by_percentile(
+        95, 5, max_norm=t, norm=optaxclip.leaf_norm, **kwargs
+    ),
+    "autoclip": lambda t, **kwargs: optaxclip.autoclip(10, 20, max_norm=t, **kwargs),
+    "zclip": lambda t, **kwargs: optaxclip.zclip(warmup=2, max_norm=t, **kwargs),
+    **SKIPS,
+}
+
+
+def names(specs):
+    """`axis_name` for a layout: the axes of each leaf, or None."""
+
+    def of(spec):
+        axes = [a for entry in spec if entry for a in np.ravel(entry).tolist()]
+        return tuple(axes) or None
+
+    return jax.tree.map(of, specs)
+
+
+def mapped(tx, specs, **options):
+    return jax.shard_map(
+        functools.partial(run, tx),
+        in_specs=(specs, P(), stacked(specs)),
+        out_specs=(P(), (stacked(specs), P())),
+        **options,
+    )
+
+
+def run_mapped(tx, shape, specs, **options):
+    on = mesh(KINDS["auto"], *shape)
+    state = tx.init(parameters())
+    program = jax.jit(mapped(tx, specs, mesh=on, **options))
+    return program(put(parameters(), specs, on), state, gradients())
+
+
+@pytest.mark.parametrize(("shape", "specs"), MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("name", OF_LEAVES)
+def test_types_say_what_is_a_share(name, shape, specs):
+    assert_same_run(run_mapped(EVERY[name](THRESHOLD), shape, specs), name)
+
+
+@pytest.mark.parametrize(("shape", "specs"), MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("name", TOLD)
+def test_axis_name_says_what_is_a_share(name, shape, specs):
+    tx = TOLD[name](THRESHOLD, axis_name=names(specs))
+    assert_same_run(run_mapped(tx, shape, specs, check_vma=False), name)
+
+
+@pytest.mark.parametrize("name", ["clip_by_percentile", "skip_spikes"])
+def test_where_types_tell_axis_name_changes_nothing(name):
+    tx = TOLD[name](THRESHOLD, axis_name=names(ONE_AXIS))
+    assert_same_run(run_mapped(tx, (8,), ONE_AXIS), name)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["clip_by_percentile", "clip_by_leaf_norm"])
+def test_partly_manual(name, check_vma):
+    """One axis manual; over the other the compiler shards the leaves."""
+    on = mesh(KINDS["auto"], 4, 2)
+    manual = jax.tree.map(
+        lambda spec: P(*("x" if e == "x" else None for e in spec)), TWO_AXES
+    )
+    manual["layers"][0] = P(None, "x")
+    tx = TOLD[name](THRESHOLD, **({} if check_vma else {"axis_name": names(manual)}))
+    program = jax.jit(
+        mapped(tx, manual, mesh=on, axis_names={"x"}, check_vma=check_vma)
+    )
+    params = put(parameters(), TWO_AXES, on)
+    assert_same_run(program(params, tx.init(parameters()), gradients()), name)
+
+
+def split(tree, specs, leading=0):
+    """Shares of a tree along a new first axis, and the axes to map over."""
+
+    def cut(x, spec):
+        if "x" not in spec:
+            return x
+        return jnp.stack(jnp.split(x, 8, axis=leading + list(spec).index("x")))
+
+    in_axes = jax.tree.map(lambda spec: 0 if "x" in spec else None, specs)
+    return jax.tree.map(cut, tree, specs), in_axes
+
+
+def joined(tree, specs):
+    def join(x, spec):
+        if "x" not in spec:
+            return x[0]
+        return jnp.concatenate(list(x), axis=1 + list(spec).index("x"))
+
+    return jax.tree.map(join, tree, specs)
+
+
+@pytest.mark.parametrize("over", [jax.pmap, jax.vmap])
+@pytest.mark.parametrize("name", TOLD)
+def test_pmap_and_vmap_with_shares(name, over):
+    tx = TOLD[name](THRESHOLD, axis_name=names(ONE_AXIS))
+    params, params_axes = split(parameters(), ONE_AXIS)
+    steps, steps_axes = split(gradients(), ONE_AXIS, leading=1)
+    in_axes = (params_axes, None, steps_axes)
+    program = over(functools.partial(run, tx), axis_name="x", in_axes=in_axes)
+    state, (updates, metrics) = program(params, tx.init(parameters()), steps)
+    for x in jax.tree.leaves((state, metrics)):
+        assert_bitwise_equal(x)
+    first = jax.tree.map(lambda x: x[0], (state, metrics))
+    assert_same_run((first[0], (joined(updates, ONE_AXIS), first[1])), name)
+
+
+def assert_bitwise_equal(copies):
+    copies = [np.asarray(copy).tobytes() for copy in copies]
+    assert len(set(copies)) == 1
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_thousand_steps_leave_the_same_bits_on_all_devices(name):
+    """Of the state, whose copies nothing keeps together but the same decisions."""
+    tx, on = TOLD[name](THRESHOLD, axis_name="x"), mesh(KINDS["auto"], 8)
+
+    def train(state, seed):
+        def step(state, key):
+            key = jax.random.fold_in(key, jax.lax.axis_index("x"))
+            size = jnp.exp(2 * jax.random.normal(key))
+            grads = {"w": size * jax.random.normal(key, (3, 5))}
+            return tx.update(grads, state)[::-1]
+
+        state, updates = jax.lax.scan(step, state, jax.random.split(seed, 1000))
+        return jax.tree.map(lambda x: x[None], state), updates
+
+    program = jax.shard_map(
+        train, mesh=on, in_specs=(P(), P()), out_specs=(P("x"), P(None, "x")),
+        check_vma=False,
+    )  # fmt: skip
+    state = tx.init({"w": jnp.zeros((3, 5))})
+    states, updates = jax.jit(program)(state, jax.random.key(0))
+    assert len({x.tobytes() for x in np.split(np.asarray(updates["w"]), 8, 1)}) == 8
+    for leaf in jax.tree.leaves(states):
+        assert_bitwise_equal(leaf)
+
+
+@pytest.mark.parametrize("name", ["global", "leaf", "value"])
+@pytest.mark.parametrize("size", [16, 1024], ids=["small", "large"])
+def test_one_all_reduce_for_a_whole_tree(name, size):
+    clips = {
+        "global": optaxclip.clip_by_global_norm,
+        "leaf": optaxclip.clip_by_leaf_norm,
+        "value": optaxclip.clip_by_value,
+    }
+    tx, on = clips[name](1.0), mesh(KINDS["auto"], 8)
+    params = [jax.ShapeDtypeStruct((size, 2048), jnp.float32)] * 3
+    program = jax.shard_map(
+        lambda g, s: tx.update(g, s), mesh=on, in_specs=(P("x"), P()),
+        out_specs=(P("x"), P()),
+    )  # fmt: skip
+    state = jax.eval_shape(tx.init, params)
+    text = jax.jit(program).lower(params, state).compile().as_text()
+    assert len(re.findall(r"= \S.* all-reduce(?:-start)?\(", text)) == 1
+
+
+BLIND = {
+    "pmap": lambda f: jax.pmap(f, axis_name="x"),
+    "shard_map": lambda f: jax.shard_map(
+        f,
+        mesh=mesh(KINDS["auto"], 8),
+        in_specs=P("x"),
+        out_specs=P("x"),
+        check_vma=False,
+    ),
+}
+WARNED = {
+    "clip": lambda **kwargs: optaxclip.clip_by_percentile(95, **kwargs),
+    "units": lambda **kwargs: optaxclip.adaptive_grad_clip(0.1, **kwargs),
+    "value": lambda **kwargs: optaxclip.clip_by_value(0.1, **kwargs),
+    "skip": lambda **kwargs: optaxclip.skip_nonfinite(
+        optax.chain(optaxclip.clip_by_global_norm(1.0, **kwargs), optax.scale(-1.0)),
+        **kwargs,
+    ),
+}
+
+
+@pytest.mark.parametrize("where", BLIND)
+@pytest.mark.parametrize("name", WARNED)
+def test_one_warning_where_nobody_said_what_is_a_share(name, where):
+    def step(tx, x):
+        state = tx.init(x)
+        return tx.update(x, state, x)[0]
+
+    x = jnp.ones((8, 4, 3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program = jax.jit(BLIND[where](functools.partial(step, WARNED[name]())))
+        program(x)
+        program(x)  # no trace, no warning
+    messages = [str(w.message) for w in caught if "axis_name" in str(w.message)]
+    assert len(messages) == 1
+    assert "axes ['x']" in messages[0]
+    assert "`axis_name=()`" in messages[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = WARNED[name](axis_name=())
+        quiet = jax.jit(BLIND[where](functools.partial(step, told)))(x)
+    np.testing.assert_array_equal(program(x), quiet)
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "message"),
+    [
+        ("y", r"must name axes of .* that it runs in, got 'y'"),
+        ({"w": "x"}, r"prefix tree of these and None .* got \{'w': 'x'\}"),
+        ({"kernel": 3}, r"prefix tree of these and None .* got \{'kernel': 3\}"),
+    ],
+)
+def test_axis_names_that_do_not_fit(axis_name, message):
+    tx = optaxclip.clip_by_global_norm(1.0, axis_name=axis_name)
+    params = {"kernel": jnp.ones((8, 2))}
+    state = tx.init(params)  # outside of any map
+    with pytest.raises(ValueError, match=message):
+        jax.pmap(lambda g: tx.update({"kernel": g}, state)[0], axis_name="x")(
+            params["kernel"]
+        )
+
+
+@pytest.mark.parametrize("name", sorted(OF_UNITS))
+def test_units_of_shares_are_refused(name):
+    with pytest.raises(ValueError, match="Measure units under `jit` instead"):
+        run_mapped(EVERY[name](THRESHOLD), (8,), ONE_AXIS)
+
+
+def test_a_loss_that_differs_between_devices_is_refused():
+    tx = optaxclip.skip_spikes(optax.sgd(1.0), watch_loss=True)
+    state = tx.init(jnp.zeros(8))
+
+    def step(mean, x):
+        loss = jnp.mean(x)
+        loss = jax.lax.pmean(loss, "x") if mean else loss
+        return tx.update(x, state, x, loss=loss)[0]
+
+    def program(mean):
+        return jax.shard_map(
+            functools.partial(step, mean), mesh=mesh(KINDS["auto"], 8),
+            in_specs=P("x"), out_specs=P("x"),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"`update\(loss=.*'x'.*pmean"):
+        program(False)(jnp.ones(8))
+    np.testing.assert_array_equal(program(True)(jnp.ones(8)), -jnp.ones(8))
+
+
+def test_unreduced_shares_are_refused_with_the_way_out():
+    tx = optaxclip.clip_by_global_norm(1.0)
+    state = tx.init({"w": jnp.zeros(8)})
+
+    def step(reduce, x):
+        grads = {"w": jax.lax.pcast(x, ("x",), to="unreduced")}
+        if reduce:
+            grads = jax.lax.psum(grads, "x")
+        return tx.update(grads, state)[0]
+
+    def program(reduce):
+        return jax.shard_map(
+            functools.partial(step, reduce), mesh=mesh(KINDS["auto"], 8),
+            in_specs=P("x"), out_specs=P(),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"'w'.*\['x'\].*`jax\.lax\.psum`"):
+        jax.jit(program(False))(jnp.ones(8))
+    np.testing.assert_allclose(jax.jit(program(True))(jnp.ones(8))["w"], 1.0)

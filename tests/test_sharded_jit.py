@@ -1,0 +1,183 @@
+"""Under `jit` a clip of sharded leaves is that of one device, with one all-reduce.
+
+The expectation is the same run on one device, see `meshes.run`.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from meshes import (
+    EVERY,
+    KINDS,
+    ONE_AXIS,
+    TWO_AXES,
+    assert_same_run,
+    gradients,
+    mesh,
+    parameters,
+    put,
+    run,
+)
+
+import optaxclip
+
+MESHES = {"1-D": ((8,), ONE_AXIS), "2-D": ((4, 2), TWO_AXES)}
+EVERYWHERE = {  # one placement for all leaves of rank 2
+    "replicated": P(),
+    "rows": P("x"),
+    "columns": P(None, "x"),
+}
+
+
+def collectives(text, kind):
+    return len(re.findall(rf"= \S.* {kind}(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("shape", "specs"), MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("name", EVERY)
+def test_equals_one_device(name, shape, specs, kind):
+    on, tx = mesh(kind, *shape), EVERY[name](0.5)
+    with jax.set_mesh(on):
+        params = put(parameters(), specs, on)
+        steps = put(gradients(), specs, on, leading=(None,))
+        state = jax.jit(tx.init)(params)
+        program = jax.jit(functools.partial(run, tx)).lower(params, state, steps)
+        program = program.compile()
+        result = program(params, state, steps)
+    assert_same_run(result, name)
+    assert collectives(program.as_text(), "all-gather") == 0
+    updates = result[1][0]
+    for update, grads in zip(
+        jax.tree.leaves(updates), jax.tree.leaves(steps), strict=True
+    ):
+        assert update.sharding.is_equivalent_to(grads.sharding, grads.ndim)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("spec", EVERYWHERE.values(), ids=EVERYWHERE)
+@pytest.mark.parametrize(
+    "norm", [optaxclip.global_norm, optaxclip.leaf_norm, optaxclip.leaf_rms]
+)
+def test_norms_wherever_the_leaves_lie(norm, spec, kind):
+    on = mesh(kind, 8)
+    tree = [jnp.arange(64.0).reshape(8, 8) + i for i in range(3)]
+    with jax.set_mesh(on):
+        sharded = put(tree, [spec] * 3, on)
+        actual = jax.jit(norm)(sharded)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(norm(tree)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+CLIPS = {
+    "global": lambda: optaxclip.clip_by_global_norm(1.0),
+    "percentile": lambda: optaxclip.clip_by_percentile(95, 10),
+    "leaf": lambda: optaxclip.clip_by_leaf_norm(1.0),
+    "rms": lambda: optaxclip.clip_by_block_rms(1.0),
+    "value": lambda: optaxclip.clip_by_value(1.0),
+    "skip": lambda: optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("size", [16, 1024], ids=["small", "large"])
+@pytest.mark.parametrize("name", CLIPS)
+def test_one_all_reduce_for_a_whole_tree(name, size, kind):
+    """Small trees and large ones, whose norm is taken in a loop."""
+    on, tx = mesh(kind, 8), CLIPS[name]()
+    specs = [P("x"), P(None, "x"), P("x"), P()]
+    shapes = [(size, 2048), (size, 2048), (size,), (8,)]
+    with jax.set_mesh(on):
+        params = [
+            jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=jax.NamedSharding(on, spec)
+            )
+            for shape, spec in zip(shapes, specs, strict=True)
+        ]
+        state = jax.eval_shape(tx.init, params)
+        text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    assert collectives(text, "all-reduce") == 1
+    for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert collectives(text, other) == 0
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_state_and_parameters_keep_their_shardings(name):
+    """From `jit(tx.init)` on, so that the second step compiles nothing."""
+    on, tx, traces = mesh(KINDS["explicit"], 8), EVERY[name](0.5), 0
+
+    def update(grads, state, params):
+        nonlocal traces
+        traces += 1
+        return tx.update(grads, state, params)
+
+    with jax.set_mesh(on):
+        params = put(parameters(), ONE_AXIS, on)
+        state = jax.jit(tx.init)(params)
+        step = jax.jit(update)
+        for _ in range(3):
+            updates, new_state = step(params, state, params)
+            before, after = (
+                jax.tree.leaves((params, state)),
+                jax.tree.leaves((updates, new_state)),
+            )
+            for x, y in zip(before, after, strict=True):
+                assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+            state = new_state
+    assert traces == 1
+
+
+def test_unreduced_gradients_are_refused_with_the_way_out():
+    on = mesh(KINDS["explicit"], 8)
+
+    def partial_product(x, w):
+        unreduced = P(None, None, unreduced={"x"})
+        return {"w": jnp.einsum("ib,bj->ij", x, w, out_sharding=unreduced)}
+
+    with jax.set_mesh(on):
+        x, w = put(
+            [jnp.ones((4, 8)), jnp.ones((8, 4))], [P(None, "x"), P("x", None)], on
+        )
+        tx = optaxclip.clip_by_global_norm(1.0)
+
+        @jax.jit
+        def update(x, w, reduce):
+            grads = partial_product(x, w)
+            if reduce:
+                grads = jax.tree.map(lambda g: jax.reshard(g, P()), grads)
+            return tx.update(grads, tx.init({"w": jnp.zeros((4, 4))}))
+
+        update = jax.jit(update.__wrapped__, static_argnums=2)
+        with pytest.raises(ValueError, match=r"'w'.*\['x'\].*jax\.reshard"):
+            update(x, w, False)
+        updates, _ = update(x, w, True)
+    assert abs(float(optaxclip.global_norm(updates)) - 1) < 1e-6
+
+
+def test_a_train_step_with_an_optimizer_behind():
+    """Sharded AdamW behind a percentile clip equals the same on one device."""
+    params = parameters()
+    with jax.numpy_dtype_promotion("standard"):
+        tx = optax.chain(optaxclip.clip_by_percentile(90, 5), optax.adamw(0.1))
+
+        @jax.jit
+        def train(params, steps):
+            def step(carry, grads):
+                params, state = carry
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, tx.init(params)), steps)[0][0]
+
+        steps = jax.tree.map(lambda x: x[:4], gradients())
+        alone = train(params, steps)
+        on = mesh(KINDS["auto"], 4, 2)
+        together = train(put(params, TWO_AXES, on), put(steps, TWO_AXES, on, (None,)))
+    for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
