@@ -6,6 +6,7 @@ anything looks at a gradient, and has to drop the steps that overflow: all three
 place, around the optimizer, which sees true gradients and never a bad one.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -157,16 +158,18 @@ def dynamic_loss_scale(
         stay = not_made(run, updates)
         result, inner_state = jax.lax.cond(good, run, stay, state.inner_state)
         steps = jnp.where(good, count_if(good, state.steps_since_overflow), 0)
-        larger = jnp.minimum(scale * float(growth_factor), float(max_scale))
-        smaller = jnp.maximum(scale * float(backoff_factor), float(min_scale))
-        is_time = steps % min(int(growth_interval), _FOREVER) == 0
-        fitting = jnp.where(is_time, larger, scale)
         return result, LossScaleState(
-            loss_scale=jnp.where(good, fitting, smaller),
+            loss_scale=adjusted(scale, good, steps),
             steps_since_overflow=steps,
             overflow_count=count_if(~good, state.overflow_count),
             inner_state=inner_state,
         )
+
+    def adjusted(scale: jax.Array, good: jax.Array, steps: jax.Array) -> jax.Array:
+        larger = jnp.minimum(scale * float(growth_factor), float(max_scale))
+        smaller = jnp.maximum(scale * float(backoff_factor), float(min_scale))
+        is_time = steps % min(int(growth_interval), _FOREVER) == 0
+        return jnp.where(good, jnp.where(is_time, larger, scale), smaller)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -233,37 +236,22 @@ def _check_arguments(
     min_scale: float,
     max_scale: float,
 ) -> None:
-    def within(low: float, high: float) -> Any:
+    def within(low: float, high: float) -> Callable:
         return lambda x: (x >= low) & (x <= high)
 
-    bounds, call = "between 2**-126 and 2**126", "dynamic_loss_scale"
-    _checks.check(call, "min_scale", min_scale, within(_SMALLEST, _LARGEST), bounds)
-    _checks.check(
-        call,
-        "max_scale",
-        max_scale,
-        within(min_scale, _LARGEST),
-        "between `min_scale` and 2**126",
-    )
-    _checks.check(
-        call,
-        "init_scale",
-        init_scale,
-        within(min_scale, max_scale),
-        "between `min_scale` and `max_scale`",
-    )
-    _checks.check(
-        call,
-        "growth_interval",
-        growth_interval,
-        lambda x: (x >= 1) & (x < np.inf) & (x == np.floor(x)),
-        "a whole number of at least 1",
-    )
-    _checks.check(call, "growth_factor", growth_factor, lambda x: x > 1, "above 1")
-    _checks.check(
-        call,
-        "backoff_factor",
-        backoff_factor,
-        lambda x: (x > 0) & (x < 1),
-        "above 0 and below 1",
-    )
+    def is_count(x: np.ndarray) -> Any:
+        return (x >= 1) & (x < np.inf) & (x == np.floor(x))
+
+    def check(argument: str, value: float, holds: Callable, rule: str) -> None:
+        _checks.check("dynamic_loss_scale", argument, value, holds, rule)
+
+    held = within(_SMALLEST, _LARGEST)
+    check("min_scale", min_scale, held, "between 2**-126 and 2**126")
+    held = within(min_scale, _LARGEST)
+    check("max_scale", max_scale, held, "between `min_scale` and 2**126")
+    held = within(min_scale, max_scale)
+    check("init_scale", init_scale, held, "between `min_scale` and `max_scale`")
+    check("growth_interval", growth_interval, is_count, "a whole number of at least 1")
+    check("growth_factor", growth_factor, lambda x: x > 1, "above 1")
+    is_share = "above 0 and below 1"
+    check("backoff_factor", backoff_factor, lambda x: (x > 0) & (x < 1), is_share)
