@@ -81,8 +81,7 @@ def recursion(overflows, scale, interval, growth, backoff, least, most):
         (2, 2, 0.5, 2.0**-20, 64),
     ],
 )
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_the_scale_follows_the_recursion(interval, growth, backoff, least, most, bad):
+def test_the_scale_follows_the_recursion(interval, growth, backoff, least, most):
     tx = optaxclip.dynamic_loss_scale(
         optax.sgd(1.0), 64.0, interval, growth, backoff, least, most
     )
@@ -92,7 +91,7 @@ def test_the_scale_follows_the_recursion(interval, growth, backoff, least, most,
     )
 
     def step(state, overflow):
-        updates = {"w": jnp.where(overflow, bad, 1.0)}
+        updates = {"w": jnp.where(overflow, jnp.inf, 1.0)}
         _, state = tx.update(updates, state)
         return state, state._replace(inner_state=())
 
@@ -110,9 +109,9 @@ def test_a_fixed_scale():
     tx = optaxclip.dynamic_loss_scale(
         optax.sgd(1.0), 8.0, growth_interval=1, min_scale=8.0, max_scale=8.0
     )
-    state = tx.init(PARAMS)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
     for factor, count in [(1.0, 0), (np.nan, 1), (1.0, 1)]:
-        _, state = tx.update(times(factor), state)
+        _, state = update(times(factor), state)
         assert (state.loss_scale, state.overflow_count) == (8.0, count)
 
 
@@ -128,8 +127,9 @@ def test_counters_do_not_wrap_around():
     state = tx.init(PARAMS)._replace(
         steps_since_overflow=full, overflow_count=jnp.copy(full)
     )
-    assert kept(tx.update(PARAMS, state)[1])[1:] == (full, full)
-    assert kept(tx.update(times(np.nan), state)[1])[1:] == (0, full)
+    update = jax.jit(tx.update)
+    assert kept(update(PARAMS, state)[1])[1:] == (full, full)
+    assert kept(update(times(np.nan), state)[1])[1:] == (0, full)
 
 
 # A model in float16
@@ -328,19 +328,19 @@ def test_every_kind_of_tree(name):
 # An overflow
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_an_overflow_leaves_the_inner_state_bit_for_bit(bad):
+def test_an_overflow_leaves_the_inner_state_bit_for_bit():
     inner = optax.chain(optaxclip.clip_by_percentile(50, 4), adam())
     tx = optaxclip.dynamic_loss_scale(inner, 16.0)
     params = halved(PARAMS)
     update = jax.jit(tx.update)
     good, before = update(params, tx.init(params), params)
-    spoilt = params | {"w": params["w"].at[1, 2].set(bad)}
-    updates, state = update(spoilt, before, params)
-    assert_zero(updates)
-    assert shapes_and_dtypes(updates) == shapes_and_dtypes(good)
-    assert_same_bits(state.inner_state, before.inner_state)
-    assert kept(state) == (8.0, 0, 1)
+    for bad in (np.nan, np.inf, -np.inf):
+        spoilt = params | {"w": params["w"].at[1, 2].set(bad)}
+        updates, state = update(spoilt, before, params)
+        assert_zero(updates)
+        assert shapes_and_dtypes(updates) == shapes_and_dtypes(good)
+        assert_same_bits(state.inner_state, before.inner_state)
+        assert kept(state) == (8.0, 0, 1)
     again, _ = update(times(0.5, params), state, params)
     expected, _ = update(params, before, params)
     assert_same_bits(again, expected)  # half the scale, the same true gradients
@@ -361,8 +361,9 @@ def test_one_overflowing_leaf_of_many_is_seen():
 def test_extra_arguments_reach_the_inner_transformation():
     inner = optaxclip.skip_by(optax.sgd(1.0), threshold=100.0, watch_loss=True)
     tx = optaxclip.dynamic_loss_scale(optax.chain(optax.identity(), inner), 4.0)
+    start, update = tx.init(PARAMS), jax.jit(tx.update)
     for loss, skips in [(1.0, 0), (101.0, 1)]:
-        _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=jnp.float32(loss))
+        _, state = update(PARAMS, start, PARAMS, loss=jnp.float32(loss))
         report = optaxclip.metrics(state)
         assert (report["skip_count"], report["overflow_count"]) == (skips, 0)
 
