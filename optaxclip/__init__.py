@@ -11,6 +11,9 @@ from optaxclip._clip import ClipState as ClipState
 from optaxclip._clip import clamp as clamp
 from optaxclip._clip import clip_by as clip_by
 from optaxclip._clip import rescale as rescale
+from optaxclip._history import History as History
+from optaxclip._history import HistoryState as HistoryState
+from optaxclip._history import record_history as record_history
 from optaxclip._metrics import metrics as metrics
 from optaxclip._named_skips import skip_nonfinite as skip_nonfinite
 from optaxclip._named_skips import skip_spikes as skip_spikes

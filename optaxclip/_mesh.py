@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from optaxclip import _gradients
@@ -56,6 +57,16 @@ def shares(call: str, gradients: PyTree, axis_name: AxisName) -> list[Axes]:
 def varying_axes(x: jax.Array) -> Axes:
     """The manual mesh axes over which ``x`` is known, from its type, to differ."""
     return tuple(sorted(jax.typeof(x).manual_axis_type.varying))
+
+
+def same_on_all_devices(argument: str, value: Any) -> jax.Array:
+    """The value as an array, if its type does not say that devices hold other ones."""
+    if axes := varying_axes(jnp.asarray(value)):
+        raise ValueError(
+            f"`update({argument}=...)` must be the same on all devices, got one that "
+            f"varies over the mesh axes {list(axes)}: apply `jax.lax.pmean` first."
+        )
+    return jnp.asarray(value)
 
 
 def whole_size(x: jax.Array, axes: Axes) -> int:

@@ -122,9 +122,9 @@ def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
         if isinstance(state, LossScaleState):
             report = _of_loss_scale(state)
         elif isinstance(state, SkipState):
-            report = _of_skip(state)
+            report = of_skip(state)
         else:
-            report = _of_clip(state, per_leaf)
+            report = of_clip(state, per_leaf)
         names[:] = report  # which vmap would return sorted
         return list(report.values())
 
@@ -133,7 +133,7 @@ def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
     return dict(zip(names, values(state), strict=True))
 
 
-def _of_skip(state: SkipState) -> dict[str, jax.Array]:
+def of_skip(state: SkipState) -> dict[str, jax.Array]:
     metrics = (jax.tree.leaves(tree) for tree in state.skip_metrics)
     worst = _worst(_stacked([_worst(_Row(*row)) for row in zip(*metrics, strict=True)]))
     return {
@@ -149,7 +149,7 @@ def _of_loss_scale(state: LossScaleState) -> dict[str, jax.Array]:
     return {"loss_scale": state.loss_scale, "overflow_count": state.overflow_count}
 
 
-def _of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
+def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
     norms, thresholds, _ = state.clip_metrics
     paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(norms)
     paths = [path for path, _ in paths_and_norms]

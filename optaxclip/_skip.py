@@ -15,7 +15,7 @@ import optax
 from optaxclip import _gradients
 from optaxclip._decide import all_of, count_if, decide, infinite_like
 from optaxclip._measure import Norm, handing_over, initial, measure
-from optaxclip._mesh import AxisName, varying_axes
+from optaxclip._mesh import AxisName, same_on_all_devices
 from optaxclip._norms import along, global_norm
 from optaxclip._thresholds import as_rule
 from optaxclip._thresholds.constant import Rule, Threshold
@@ -249,12 +249,7 @@ class _Guard(NamedTuple):
                 "`skip_by(watch_loss=True)` compares losses, but `loss` is None: call "
                 "`update(updates, state, params, loss=loss)`."
             )
-        scalar = jnp.asarray(loss).astype(jnp.float32)
-        if axes := varying_axes(scalar):
-            raise ValueError(
-                "`update(loss=...)` must be the same on all devices, got one that "
-                f"varies over the mesh axes {list(axes)}: apply `jax.lax.pmean` first."
-            )
+        scalar = same_on_all_devices("loss", loss).astype(jnp.float32)
         return lambda tree: {"grad_norm": measure(self.norm, tree), "loss": scalar}
 
 
@@ -268,6 +263,15 @@ def not_made(
         return jax.tree_util.tree_map_with_path(_zeros, updates, like), inner_state
 
     return stay
+
+
+def without_loss(state: SkipState) -> SkipState:
+    """The state with the metrics of the gradients alone."""
+    norms, thresholds = state.skip_metrics
+    if not isinstance(norms, dict) or norms.keys() != {"grad_norm", "loss"}:
+        return state
+    metrics = SkipMetrics(norms["grad_norm"], thresholds["grad_norm"])
+    return state._replace(skip_metrics=metrics)
 
 
 def _zeros(path: tuple[Any, ...], update: Any, like: Any) -> Any:

@@ -756,7 +756,7 @@ def test_shard_map_with_sharded_gradients_decides_as_one():
 
 
 def test_pmap_with_replicated_gradients():
-    tx = optaxclip.skip_nonfinite(clipped_adam())
+    tx = optaxclip.skip_nonfinite(clipped_adam(), axis_name=())
 
     @functools.partial(jax.pmap, axis_name="batch")
     def step(grads, state, params):
