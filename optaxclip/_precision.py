@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optaxclip import _checks, _gradients, _states
@@ -20,6 +19,7 @@ from optaxclip._measure import handing_over, measure
 from optaxclip._mesh import AxisName
 from optaxclip._norms import along, global_norm
 from optaxclip._skip import not_made
+from optaxclip._thresholds._memory import is_count
 
 PyTree = Any
 
@@ -238,9 +238,6 @@ def _check_arguments(
 ) -> None:
     def within(low: float, high: float) -> Callable:
         return lambda x: (x >= low) & (x <= high)
-
-    def is_count(x: np.ndarray) -> Any:
-        return (x >= 1) & (x < np.inf) & (x == np.floor(x))
 
     def check(argument: str, value: float, holds: Callable, rule: str) -> None:
         _checks.check("dynamic_loss_scale", argument, value, holds, rule)
