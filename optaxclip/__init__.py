@@ -22,6 +22,9 @@ from optaxclip._norms import global_norm as global_norm
 from optaxclip._norms import leaf_norm as leaf_norm
 from optaxclip._norms import leaf_rms as leaf_rms
 from optaxclip._norms import unit_norm as unit_norm
+from optaxclip._precision import LossScaleState as LossScaleState
+from optaxclip._precision import dynamic_loss_scale as dynamic_loss_scale
+from optaxclip._precision import loss_scale as loss_scale
 from optaxclip._skip import GuardedStep as GuardedStep
 from optaxclip._skip import SkipMetrics as SkipMetrics
 from optaxclip._skip import SkipState as SkipState

@@ -63,12 +63,8 @@ def rescale(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
     within = _is_one(scale)
 
     def clip(leaf: Leaf) -> Leaf:
-        wide = _gradients.widen(leaf, scale.dtype)
-        if jnp.iscomplexobj(leaf):
-            scaled = jax.lax.complex(wide.real * scale, wide.imag * scale)
-        else:
-            scaled = wide * scale
-        return jnp.where(within, leaf, scaled.astype(leaf.dtype))
+        scaled = _gradients.scaled(leaf, scale).astype(leaf.dtype)
+        return jnp.where(within, leaf, scaled)
 
     return clip
 

@@ -69,3 +69,11 @@ def widen(leaf: jax.Array, dtype: Any) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
     return leaf.astype(dtype)
+
+
+def scaled(leaf: jax.Array, scale: jax.Array) -> jax.Array:
+    """A leaf times a real scale, in the scale's dtype or its complex counterpart."""
+    wide = widen(leaf, scale.dtype)
+    if jnp.iscomplexobj(leaf):
+        return jax.lax.complex(wide.real * scale, wide.imag * scale)
+    return wide * scale

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import _checks, _gradients, _metrics
+from optaxclip import _checks, _gradients, _metrics, _states
 from optaxclip._clip import ClipState
 from optaxclip._decide import count_if
 from optaxclip._measure import handing_over, initial, measure
 from optaxclip._mesh import AxisName, same_on_all_devices
 from optaxclip._norms import along, leaf_norm
+from optaxclip._precision import LossScaleState
 from optaxclip._skip import SkipState, without_loss
 from optaxclip._thresholds._memory import is_count
 
@@ -65,6 +66,7 @@ def record_history(
       leaf_norms: Also keeps the 2-norm of every leaf of the updates that come in: a
         buffer of ``length`` floats a leaf, and no further read of the gradients where
         the clip measures the same leaves, by their global norm or their leaf norms.
+        Around a :func:`dynamic_loss_scale` they are those of the scaled loss.
       clip: Which of several clips in ``inner``: the prefix that
         :func:`optaxclip.metrics` gives its keys. A clip with several norms is recorded
         by the one that exceeds its threshold most, as there.
@@ -79,6 +81,8 @@ def record_history(
       ordinary              norm, threshold and scale of the clip
       with a norm of NaN    the same; clipped is False
       skipped               norm and threshold of the skip, scale 0; clipped is False
+      with an overflow      norm and threshold infinite, scale 0: skipped by
+                            :func:`dynamic_loss_scale`
       with no clip inside   norm and threshold of the skip, scale 1
       of a micro-batch      none
       ====================  ========================================================
@@ -148,6 +152,7 @@ class _Row(NamedTuple):
 def _row(before: PyTree, after: PyTree, clip: str | None) -> _Row:
     """What was done between two states of the inner transformation."""
     row, skips = _clip_row(before, after, clip), list(_skip_rows(before, after))
+    overflows = list(_overflow_rows(before, after))
     if row is None and not skips:
         raise ValueError(
             "`record_history(inner=...)` must hold a clip or a skip of optaxclip, got "
@@ -156,7 +161,7 @@ def _row(before: PyTree, after: PyTree, clip: str | None) -> _Row:
     if row is None:  # then the skip's norm is all there is
         is_step, no = jnp.ones((), bool), jnp.zeros((), bool)
         row = skips[0]._replace(is_step=is_step, scale=jnp.float32(1), skipped=no)
-    for skip in skips:
+    for skip in skips + overflows:
         row = jax.tree.map(functools.partial(_select, skip.skipped), skip, row)
     return row
 
@@ -166,7 +171,7 @@ def _select(which: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
 
 
 def _clip_row(before: PyTree, after: PyTree, clip: str | None) -> _Row | None:
-    states = _metrics.named(after, ClipState)
+    states = _states.named(after, ClipState)
     if clip is None and len(states) < 2:
         names = list(states)
     else:
@@ -178,7 +183,7 @@ def _clip_row(before: PyTree, after: PyTree, clip: str | None) -> _Row | None:
             )
     if not names:
         return None
-    old, new = _metrics.named(before, ClipState)[names[0]], states[names[0]]
+    old, new = _states.named(before, ClipState)[names[0]], states[names[0]]
     worst = _metrics.of_clip(new, per_leaf=False)
     return _Row(
         is_step=new.step_count != old.step_count,
@@ -191,14 +196,28 @@ def _clip_row(before: PyTree, after: PyTree, clip: str | None) -> _Row | None:
 
 
 def _skip_rows(before: PyTree, after: PyTree) -> Iterator[_Row]:
-    earlier = _metrics.named(before, SkipState)
-    for name, new in _metrics.named(after, SkipState).items():
+    earlier = _states.named(before, SkipState)
+    for name, new in _states.named(after, SkipState).items():
         worst = _metrics.of_skip(without_loss(new))
         skipped = new.skip_count != earlier[name].skip_count
         yield _Row(
             is_step=skipped,
             norm=worst["skip_norm"],
             threshold=worst["skip_threshold"],
+            scale=jnp.float32(0),
+            clipped=jnp.zeros((), bool),
+            skipped=skipped,
+        )
+
+
+def _overflow_rows(before: PyTree, after: PyTree) -> Iterator[_Row]:
+    earlier = _states.named(before, LossScaleState)
+    for name, new in _states.named(after, LossScaleState).items():
+        skipped = new.overflow_count != earlier[name].overflow_count
+        yield _Row(
+            is_step=skipped,
+            norm=jnp.float32(jnp.inf),
+            threshold=jnp.float32(jnp.inf),
             scale=jnp.float32(0),
             clipped=jnp.zeros((), bool),
             skipped=skipped,

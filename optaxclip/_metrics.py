@@ -1,27 +1,26 @@
-"""Reading what the clips in an optimizer state did."""
+"""Reading what the clips, skips and loss scales in an optimizer state did."""
 
-from collections.abc import Iterator
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _gradients
+from optaxclip import _states
 from optaxclip._clip import ClipState, clip_scale
 from optaxclip._maximum import largest
+from optaxclip._precision import LossScaleState
 from optaxclip._skip import SkipState
 
 PyTree = Any
-
-_UNREAD = ("rule_state", "skip_rule_state", "inner_state")  # large, and not scalars
 
 
 def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array]:
     r"""What the clips and skips of an optimizer did, as flat scalars for any logger.
 
     Args:
-      opt_state: Any pytree that holds clips or skips: the state of ``optax.chain``,
-        ``named_chain``, ``masked``, ``partition``, ``MultiSteps`` or
+      opt_state: Any pytree that holds clips, skips or a loss scale: the state of
+        ``optax.chain``, ``named_chain``, ``masked``, ``partition``, ``MultiSteps`` or
         ``inject_hyperparams``, a Flax ``TrainState``, or an ``nnx.Optimizer``.
       per_leaf: Adds the first four keys below once more for every leaf of a clip
         that has several norms, as ``grad_norm/<path>`` and so on: of the leaf, or of
@@ -54,7 +53,14 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       ``skip_nonfinite_count``   of the skipped, those with a norm not finite
       =========================  ====================================================
 
-      A clip inside a skip is not run on a skipped step, so that it tells of the last
+      And :func:`optaxclip.dynamic_loss_scale` two:
+
+      =========================  ====================================================
+      ``loss_scale``             what the next loss is to be multiplied by
+      ``overflow_count``         steps skipped because a gradient overflowed
+      =========================  ====================================================
+
+      A clip inside either is not run on a skipped step, so that it tells of the last
       step that was made.
 
       Counters tell of all updates, other values of the last. A clip with several norms
@@ -65,15 +71,15 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       *Names.* A single clip has no prefix. With several, each key is prefixed by
       where its clip stands: the keys of ``named_chain`` and ``partition`` and the
       positions in ``chain``, from the outside in, joined by ``/``:
-      ``before/grad_norm``, ``0/grad_norm``, ``1/0/grad_norm``; clips and skips are
-      counted apart. Wrappers add nothing,
-      unless two clips would share a name; then every attribute on the way is named.
+      ``before/grad_norm``, ``0/grad_norm``, ``1/0/grad_norm``; clips, skips and
+      loss scales are counted apart. Wrappers add nothing, unless two clips would share
+      a name; then every attribute on the way is named.
 
       *Stacked states.* In a state stacked by ``vmap`` or ``pmap`` every value has the
       leading axes of the stack.
 
     Raises:
-      ValueError: the state holds no clip.
+      ValueError: the state holds none of them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,73 +101,30 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       clip_fraction         1
     """
     opt_state = getattr(opt_state, "opt_state", opt_state)
-    clips, skips = named(opt_state, ClipState), named(opt_state, SkipState)
-    if not clips and not skips:
+    kinds = (ClipState, SkipState, LossScaleState)
+    states = [_states.named(opt_state, kind) for kind in kinds]
+    if not any(states):
         raise ValueError(
             "`metrics(opt_state=...)` must hold the state of an optaxclip "
             f"transformation, got {jax.tree.structure(opt_state)}."
         )
     report = {}
-    for prefix, state in [*clips.items(), *skips.items()]:
+    for prefix, state in itertools.chain(*(found.items() for found in states)):
         values = _unstacked(state, per_leaf)
         report |= {f"{prefix}{name}": value for name, value in values.items()}
     return report
-
-
-def named(opt_state: PyTree, kind: type) -> dict[str, Any]:
-    """Every state of a kind, by its prefix."""
-    found = list(_find(opt_state, kind, ()))
-    if len(found) == 1:
-        return {"": _plain(found[0][1])}
-    paths = [path for path, _ in found]
-    names = _unique([[_places(path) for path in paths], paths])
-    return {f"{n}/": _plain(state) for n, (_, state) in zip(names, found, strict=True)}
-
-
-def _unique(spellings: list[list[tuple[Any, ...]]]) -> list[str]:
-    """The first spelling of some paths in which no two have the same name."""
-    for paths in spellings:
-        names = [_gradients.name(path) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [jax.tree_util.keystr(path) for path in spellings[-1]]
-
-
-def _find(tree: PyTree, kind: type, at: tuple[Any, ...]) -> Iterator[Any]:
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, kind)
-    )
-    for path, node in nodes:
-        if isinstance(node, kind):
-            yield at + path, node
-            inner = getattr(node, "inner_state", ())
-            inside = jax.tree_util.GetAttrKey("inner_state")
-            yield from _find(inner, kind, (*at, *path, inside))
-
-
-def _places(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A path without the attributes that wrappers add."""
-    return tuple(e for e in path if not isinstance(e, jax.tree_util.GetAttrKey))
-
-
-def _plain(state: Any) -> Any:
-    """A state with arrays in place of the variables that Flax NNX wraps them in."""
-
-    def is_variable(node: Any) -> bool:
-        return hasattr(node, "get_value")
-
-    fields = state._replace(**{name: () for name in _UNREAD if hasattr(state, name)})
-    return jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, fields, is_leaf=is_variable
-    )
 
 
 def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
     names: list[str] = []
 
     def values(state: Any) -> list[jax.Array]:
-        is_clip = isinstance(state, ClipState)
-        report = of_clip(state, per_leaf) if is_clip else of_skip(state)
+        if isinstance(state, LossScaleState):
+            report = _of_loss_scale(state)
+        elif isinstance(state, SkipState):
+            report = of_skip(state)
+        else:
+            report = of_clip(state, per_leaf)
         names[:] = report  # which vmap would return sorted
         return list(report.values())
 
@@ -180,6 +143,10 @@ def of_skip(state: SkipState) -> dict[str, jax.Array]:
         "skipped_in_a_row": state.skipped_in_a_row,
         "skip_nonfinite_count": state.skip_nonfinite_count,
     }
+
+
+def _of_loss_scale(state: LossScaleState) -> dict[str, jax.Array]:
+    return {"loss_scale": state.loss_scale, "overflow_count": state.overflow_count}
 
 
 def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
@@ -203,7 +170,7 @@ def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
         "clip_fraction": state.clip_count / jnp.maximum(state.step_count, 1),
     }
     if per_leaf and any(paths):  # a norm without a path is the only one
-        for name, row in zip(_unique([paths]), worst, strict=True):
+        for name, row in zip(_states.unique([paths]), worst, strict=True):
             report |= _values(row, f"/{name}")
     return report
 

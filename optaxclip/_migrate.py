@@ -12,13 +12,14 @@ import optax
 from optaxclip import _gradients
 from optaxclip._clip import ClipState
 from optaxclip._history import HistoryState
+from optaxclip._precision import LossScaleState
 from optaxclip._skip import SkipState
 
 PyTree = Any
 
 # The states that are this package's own, whole but for an `inner_state`. The first two
 # fields of each are arrays; nothing else has both names.
-_OWN = (ClipState, SkipState, HistoryState)
+_OWN = (ClipState, SkipState, LossScaleState, HistoryState)
 
 # On a path, the step from an own state to its `inner_state`: told apart by identity
 # from the attribute of that name which wrappers of optax have.

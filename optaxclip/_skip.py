@@ -116,10 +116,7 @@ def skip_by(
         def run(inner_state: PyTree) -> tuple[PyTree, PyTree]:
             return inner.update(updates, inner_state, params, **extra_args)
 
-        def stay(inner_state: PyTree) -> tuple[PyTree, PyTree]:
-            like, _ = jax.eval_shape(run, inner_state)
-            return jax.tree_util.tree_map_with_path(_zeros, updates, like), inner_state
-
+        stay = not_made(run, updates)
         return guard.choose(run, stay, updates, state, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(guard.init, update)
@@ -254,6 +251,18 @@ class _Guard(NamedTuple):
             )
         scalar = same_on_all_devices("loss", loss).astype(jnp.float32)
         return lambda tree: {"grad_norm": measure(self.norm, tree), "loss": scalar}
+
+
+def not_made(
+    run: Callable[[PyTree], tuple[PyTree, PyTree]], updates: PyTree
+) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
+    """The other branch of a step ``run``: zeros as it would return, the state as is."""
+
+    def stay(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+        like, _ = jax.eval_shape(run, inner_state)
+        return jax.tree_util.tree_map_with_path(_zeros, updates, like), inner_state
+
+    return stay
 
 
 def without_loss(state: SkipState) -> SkipState:

@@ -91,6 +91,18 @@ def test_a_skip_alone_is_recorded_by_its_own_norm():
     np.testing.assert_array_equal(history.history_skipped, ~within)
 
 
+def test_an_overflow_of_the_loss_scale_is_a_skipped_step():
+    tx = optaxclip.record_history(
+        optaxclip.dynamic_loss_scale(clip_and_step(), init_scale=4.0), 4
+    )
+    _, history = rows(train(tx, [0.4, np.inf, 0.4]), 4)
+    np.testing.assert_array_equal(history.history_skipped, [False, True, False])
+    ordinary = norms_of(0.4)[2]
+    expected = [ordinary / 4, np.inf, ordinary / 2]
+    np.testing.assert_allclose(history.history_norm, expected, rtol=1e-6)
+    np.testing.assert_array_equal(history.history_scale, [1, 0, 1])
+
+
 def test_the_loss_is_recorded_and_a_step_skipped_for_it_keeps_its_norm():
     skip = optaxclip.skip_by(
         clip_and_step(), threshold=optaxclip.constant(50.0), watch_loss=True

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 PyTree = Any
@@ -116,4 +117,4 @@ def like(value: Number, norm: jax.Array) -> jax.Array:
 
 def is_count(number: Any) -> Any:
     """Whether a number is a whole one of at least 1."""
-    return (number >= 1) & (number % 1 == 0)
+    return (number >= 1) & (number < np.inf) & (number == np.floor(number))

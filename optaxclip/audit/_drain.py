@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optaxclip import _metrics
+from optaxclip import _states
 from optaxclip._history import HistoryState
 
 PyTree = Any
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 def drain(opt_state: PyTree) -> Rows:
     """Brings the rows of the recorder in a state to the host, in one transfer."""
     opt_state = getattr(opt_state, "opt_state", opt_state)
-    found = list(_metrics.named(opt_state, HistoryState).values())
+    found = list(_states.named(opt_state, HistoryState).values())
     if len(found) != 1:
         raise ValueError(
             "`ClipLog.update(opt_state=...)` must hold the state of one "
@@ -60,7 +60,7 @@ def _ordered(count: int, history: Any) -> Rows:
     leaves, _ = jax.tree_util.tree_flatten_with_path(history.history_leaf_norms)
     columns = [column[step % length] for column in history[:6]]  # norm to skipped
     norms = [norms[step % length] for _, norms in leaves]
-    names = _metrics._unique([[path for path, _ in leaves]])
+    names = _states.unique([[path for path, _ in leaves]])
     stacked = np.stack(norms, axis=1) if norms else None
     return Rows(step, *columns, leaf_norms=stacked, leaf_names=tuple(names), end=count)
 
