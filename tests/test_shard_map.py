@@ -33,7 +33,8 @@ from meshes import (
 
 import optaxclip
 
-MESHES = {"1-D": ((8,), ONE_AXIS), "2-D": ((4, 2), TWO_AXES)}
+ONE, TWO = ((8,), ONE_AXIS), ((4, 2), TWO_AXES)
+ON_ONE = ["clip_by_percentile", "clip_by_value", "clip_by_leaf_norm", "skip_nonfinite"]
 OF_LEAVES = sorted(EVERY.keys() - OF_UNITS)
 
 # Transforms that are told which leaves are shares.
@@ -86,14 +87,16 @@ def run_mapped(tx, shape, specs, **options):
     return program(put(parameters(), specs, on), state, gradients())
 
 
-@pytest.mark.parametrize(("shape", "specs"), MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("name", OF_LEAVES)
+def cases(names):
+    return [(name, *TWO) for name in names] + [(name, *ONE) for name in ON_ONE]
+
+
+@pytest.mark.parametrize(("name", "shape", "specs"), cases(OF_LEAVES))
 def test_types_say_what_is_a_share(name, shape, specs):
     assert_same_run(run_mapped(EVERY[name](THRESHOLD), shape, specs), name)
 
 
-@pytest.mark.parametrize(("shape", "specs"), MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize(("name", "shape", "specs"), cases(TOLD))
 def test_axis_name_says_what_is_a_share(name, shape, specs):
     tx = TOLD[name](THRESHOLD, axis_name=names(specs))
     assert_same_run(run_mapped(tx, shape, specs, check_vma=False), name)
@@ -163,7 +166,9 @@ def assert_bitwise_equal(copies):
     assert len(set(copies)) == 1
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize(
+    "name", ["clip_by_percentile", "clip_by_percentile(leaf)", "zclip", "skip_spikes"]
+)
 def test_a_thousand_steps_leave_the_same_bits_on_all_devices(name):
     """Of the state, whose copies nothing keeps together but the same decisions."""
     tx, on = TOLD[name](THRESHOLD, axis_name="x"), mesh(KINDS["auto"], 8)

@@ -27,7 +27,9 @@ from meshes import (
 
 import optaxclip
 
-MESHES = {"1-D": ((8,), ONE_AXIS), "2-D": ((4, 2), TWO_AXES)}
+ONE, TWO = ((8,), ONE_AXIS), ((4, 2), TWO_AXES)
+ON_ONE = ["clip_by_percentile", "clip_by_value", "clip_by_leaf_norm", "skip_nonfinite"]
+CASES = [(name, *TWO) for name in EVERY] + [(name, *ONE) for name in ON_ONE]
 EVERYWHERE = {  # one placement for all leaves of rank 2
     "replicated": P(),
     "rows": P("x"),
@@ -40,8 +42,7 @@ def collectives(text, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize(("shape", "specs"), MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "shape", "specs"), CASES)
 def test_equals_one_device(name, shape, specs, kind):
     on, tx = mesh(kind, *shape), EVERY[name](0.5)
     with jax.set_mesh(on):
