@@ -834,10 +834,11 @@ def test_a_conditional_is_counted_as_the_dearer_of_its_branches():
 
 
 @on_cpu
-def test_a_guarded_step_reads_the_gradients_once_more_and_copies_nothing():
+def test_a_guarded_step_costs_what_the_clip_inside_costs():
+    """Skip and clip measure the same gradients, which are read once."""
     accessed, temporary = cost("guarded_step")
-    assert accessed - cost("clip")[0] <= 1.05
-    assert accessed - cost("adamw")[0] <= 2.05
+    assert accessed - cost("clip")[0] <= 0.01
+    assert accessed - cost("adamw")[0] <= 1.05
     assert temporary <= 0.02
 
 
@@ -852,7 +853,7 @@ def test_a_skip_writes_its_updates_and_nothing_else():
 @on_cpu
 def test_both_cost_less_than_apply_if_finite():
     accessed, temporary = cost("apply_if_finite")
-    assert cost("skip_nonfinite")[0] <= 0.8 * accessed
-    assert cost("guarded_step")[0] <= 0.65 * accessed
+    assert cost("skip_nonfinite")[0] <= 0.75 * accessed
+    assert cost("guarded_step")[0] <= 0.6 * accessed
     assert cost("skip_nonfinite")[1] <= 1.005 * temporary  # both: the updates
     assert cost("guarded_step")[1] <= 0.02 * temporary
