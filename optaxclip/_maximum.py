@@ -3,7 +3,9 @@
 Between devices a maximum of floats may lose a NaN (XLA for CPU does), so that one
 device clips and another does not. As integers the bits of numbers that are not negative
 have the order of the numbers, with infinity above all of them and NaN above infinity.
-Integers have no derivative, so that of the maximum is given: the mean over its places.
+XLA for CPU writes the integers out before it reduces them, so on a single device floats
+it is. Integers have no derivative, and `lax.pmax` has none, so that of the maximum is
+given: the mean over its places.
 """
 
 import functools
@@ -20,10 +22,14 @@ ArrayAxes = tuple[int, ...] | None
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def largest(modulus: jax.Array, axis: ArrayAxes, share: _mesh.Axes) -> jax.Array:
     """The largest of numbers that are not negative, over ``axis`` or all; 0 of none."""
+    keepdims = axis is not None
+    if jax.device_count() == 1:
+        top = jnp.max(modulus, axis=axis, keepdims=keepdims, initial=0)
+        return _mesh.reduce_max(top, share)
     integer = jnp.int64 if modulus.dtype == jnp.float64 else jnp.int32
     bits = lax.bitcast_convert_type(modulus, integer)
     bits &= jnp.iinfo(integer).max  # a NaN may have a sign
-    top = jnp.max(bits, axis=axis, keepdims=axis is not None, initial=0)
+    top = jnp.max(bits, axis=axis, keepdims=keepdims, initial=0)
     return lax.bitcast_convert_type(_mesh.reduce_max(top, share), modulus.dtype)
 
 
