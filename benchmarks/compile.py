@@ -89,7 +89,10 @@ def in_new_process(name: str, leaves: int) -> dict[str, Any]:
     )
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, text=True, capture_output=True
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        text=True,
+        capture_output=True,
     )
     if done.returncode:
         raise SystemExit(done.stderr)
