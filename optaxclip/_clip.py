@@ -217,14 +217,9 @@ def _record(
     state: ClipState, rule_state: PyTree, metrics: ClipMetrics, finite: jax.Array
 ) -> ClipState:
     # A scale that underflowed to 0 wiped its leaves out: as bad as a norm of infinity.
-    usable = finite & all_of(
-        jax.tree.map(
-            lambda scale, threshold: (scale > 0) | (threshold == 0),
-            metrics.clip_scale,
-            metrics.clip_threshold,
-        )
-    )
-    unchanged = all_of(jax.tree.map(_is_one, metrics.clip_scale))
+    thresholds, scales = metrics.clip_threshold, metrics.clip_scale
+    usable = finite & all_of(lambda s, t: (s > 0) | (t == 0), scales, thresholds)
+    unchanged = all_of(_is_one, scales)
     return ClipState(
         step_count=count_if(True, state.step_count),
         clip_count=count_if(usable & ~unchanged, state.clip_count),

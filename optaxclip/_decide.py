@@ -1,6 +1,7 @@
 """Measure and decide: the first half of clipping and of skipping."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ def decide(
         parameters = _gradients.split(params).gradients
         with _mesh.measured():
             parameter_norms = _matching(norm, parameters, like, "params")
-    finite = all_of(jax.tree.map(jnp.isfinite, norms))
+    finite = all_of(jnp.isfinite, norms)
     known = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 0), norms)
     thresholds, new_state = rule.update(
         known, rule_state, parameter_norms, **extra_args
@@ -52,13 +53,19 @@ def decide(
     return Decision(norms, thresholds, finite, kept)
 
 
-def all_of(flags: PyTree) -> jax.Array:
-    """Whether all elements of all leaves are true."""
-    flat = [jnp.all(flag) for flag in jax.tree.leaves(flags)]
-    if not flat:
+def all_of(holds: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
+    """Whether ``holds`` of all elements of trees of one structure."""
+    rows = list(zip(*map(jax.tree.leaves, trees), strict=True))
+    if not rows:
         return jnp.ones((), bool)
-    # The barrier keeps XLA from unrolling this into a chain, slow to compile.
-    return jnp.all(jax.lax.optimization_barrier(jnp.stack(flat)))
+    if all(x.ndim == 0 and x.dtype == rows[0][0].dtype for row in rows for x in row):
+        # Asked once of a vector: asked of thousands of scalars it is thousands of
+        # kernels to compile. The barrier keeps XLA from taking it apart again.
+        stacked = [jnp.stack(column) for column in zip(*rows, strict=True)]
+        return jnp.all(holds(*jax.lax.optimization_barrier(stacked)))
+    flags = jnp.stack([jnp.all(holds(*row)) for row in rows])
+    # This one keeps XLA from unrolling the reduction into a chain, slow to compile.
+    return jnp.all(jax.lax.optimization_barrier(flags))
 
 
 def count_if(event: jax.Array | bool, counter: jax.Array) -> jax.Array:

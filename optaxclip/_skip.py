@@ -5,6 +5,7 @@ shrinks them, and NaN times zero is NaN. A skipped step leaves the inner state a
 was, bit for bit.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -225,8 +226,7 @@ class _Guard(NamedTuple):
             state.skip_rule_state,
             extra_args,
         )
-        within = jax.tree.map(lambda norm, bound: norm <= bound, norms, thresholds)
-        good = finite & all_of(within)
+        good = finite & all_of(operator.le, norms, thresholds)
         with handing_over(
             self.norm, gradients, norms["grad_norm"] if self.watch_loss else norms
         ):
