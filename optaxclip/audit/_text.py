@@ -1,0 +1,52 @@
+"""How numbers read."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def number(value: float) -> str:
+    """A number of about four digits: 1234, 0.01235, infinite, NaN."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def share(value: float) -> str:
+    """A share in percent; no event is never rounded to none, nor to all."""
+    if math.isnan(value):
+        return "-"
+    if 0 < value < 0.0005:
+        return "under 0.1 %"
+    if 0.9995 < value < 1:
+        return "over 99.9 %"
+    return f"{100 * value:.1f} %"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def steps(numbers: Sequence[int] | np.ndarray, limit: int = 5) -> str:
+    """`steps 3, 1700 and 1,200 more`: numbers of steps are written as in the log."""
+    shown = ", ".join(str(int(n)) for n in numbers[:limit])
+    more = f" and {len(numbers) - limit:,} more" if len(numbers) > limit else ""
+    return f"step{'' if len(numbers) == 1 else 's'} {shown}{more}"
+
+
+def finite_json(value: Any) -> Any:
+    """A value that strict JSON can hold: NaN and infinities become strings."""
+    if isinstance(value, dict):
+        return {str(key): finite_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(inner) for inner in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else str(float(value))
+    return value.item() if isinstance(value, np.generic) else value
