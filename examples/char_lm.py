@@ -1,14 +1,15 @@
 """A character-level language model, trained under several gradient clips in turn.
 
     pip install "optaxclip[examples]"
-    python char_lm.py                # four runs, a table, a picture: minutes on a CPU
+    python char_lm.py     # four runs, a table, a picture, reports: minutes on a CPU
     python char_lm.py --clip value,global,leaf,zclip --nan-share 0 --seeds 3
     python char_lm.py --dtype bfloat16 --width 512 --batch 64    # on an accelerator
 
 A decoder-only Transformer (Flax NNX) learns to predict the next character of Python's
 own standard library. A small share of the training batches is broken: their gradient is
 a thousand times too large, or, late in the run, NaN. Every clip meets the same model,
-the same data and the same breaks.
+the same data and the same breaks. The optimizer records what its clip did; a log keeps
+it, and a page for the browser reports on it.
 
 A name ends in the axes of its array: B batch, T time, D width, H heads, K width of a
 head, V vocabulary, N validation batches.
@@ -33,6 +34,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import optaxclip
+from optaxclip.audit import ClipLog, read, report
 
 Batch = dict[str, Any]
 
@@ -69,7 +71,7 @@ class Config:
     corpus_mb: float = option(8.0, "read at most this many megabytes of text")
     val_batches: int = option(4, "batches in the validation set")
     every: int = option(20, "steps between two validations, and two metrics transfers")
-    out: str = option("runs/char_lm", "folder for the metrics and the picture")
+    out: str = option("runs/char_lm", "folder for metrics, logs, reports and picture")
 
 
 def read_config() -> Config:
@@ -107,6 +109,11 @@ def adamw(config: Config, clip: optax.GradientTransformation) -> Any:
 
 def percentile(config: Config) -> optax.GradientTransformation:
     return optaxclip.clip_by_percentile(config.percentile, config.window)
+
+
+def recorded(config: Config, tx: Any) -> optax.GradientTransformation:
+    """The optimizer, which keeps on the device what its clip does, for the log."""
+    return optaxclip.record_history(tx, config.every, leaf_norms=True, clip="clip")
 
 
 # A line a run: from the configuration to the optimizer.
@@ -253,7 +260,7 @@ def training_loss(model: Transformer, batch: Batch) -> jax.Array:
 @nnx.jit(donate_argnames=("model", "optimizer"))
 def train_step(model: Transformer, optimizer: nnx.Optimizer, batch: Batch) -> Batch:
     loss, grads = nnx.value_and_grad(training_loss)(model, batch)
-    optimizer.update(model, grads)
+    optimizer.update(model, grads, loss=loss)
     return {"train_loss": loss} | optaxclip.metrics(optimizer)
 
 
@@ -270,8 +277,10 @@ def new_model(config: Config, tx: Any, seed: int, sharding: NamedSharding) -> An
     return model, optimizer
 
 
-def train(config: Config, name: str, tx: Any, seed: int, texts: Any) -> list[dict]:
-    """The metrics of a run, a row a step."""
+def train(
+    config: Config, name: str, tx: Any, seed: int, texts: Any, path: Path
+) -> list[dict]:
+    """The metrics of a run, a row a step; its log is written to the path."""
     text, val_text = texts
     # The model is on every device there is, and a batch is shared out among them.
     auto = (jax.sharding.AxisType.Auto,)
@@ -280,6 +289,13 @@ def train(config: Config, name: str, tx: Any, seed: int, texts: Any) -> list[dic
     model, optimizer = new_model(config, tx, seed, NamedSharding(mesh, PartitionSpec()))
     val_batches = jax.device_put(validation_batches(config, val_text), by_sequence)
 
+    path.unlink(missing_ok=True)  # a log that exists would be gone on with
+    log = ClipLog(
+        path,
+        params=nnx.state(model, nnx.Param),
+        transform=name,
+        hyperparameters=dataclasses.asdict(config) | {"seed": seed},
+    )
     bad, rows = bad_steps(config, seed), []
     bar = tqdm(total=config.steps, desc=f"{name}, seed {seed}", unit="step")
     for first in range(0, config.steps, config.every):
@@ -292,6 +308,7 @@ def train(config: Config, name: str, tx: Any, seed: int, texts: Any) -> list[dic
         # The metrics stay on the device until here: fetched at each step, they would
         # make each step wait for the one before.
         pending = jax.device_get(pending)
+        log.update(optimizer)
         rate = len(steps) / (time.perf_counter() - start)
         for step, values in zip(steps, pending, strict=True):
             facts = {"step": step + 1, "bad": int(step in bad), "rate": rate}
@@ -402,14 +419,17 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[list[dict]]] = {}
     for name in config.clip.split(","):
-        tx = CLIPS[name](config)  # one for all seeds, so that they compile once
+        # One for all seeds, so that they compile once.
+        tx = recorded(config, CLIPS[name](config))
         for seed in range(config.seeds):
-            rows = train(config, name, tx, seed, texts)
-            save(rows, folder / f"{name}-seed{seed}.csv")
+            path = folder / f"{name}-seed{seed}.jsonl"
+            rows = train(config, name, tx, seed, texts, path)
+            save(rows, path.with_suffix(".csv"))
+            report(read(path), path.with_suffix(".html"), title=f"char_lm, {name}")
             runs.setdefault(name, []).append(rows)
     picture(runs, folder / "char_lm.png")
     print(table(runs))
-    print(f"The metrics of each run, and the picture char_lm.png, are in {folder}/.")
+    print(f"In {folder}/ are char_lm.png and, of each run, metrics, log and report.")
 
 
 if __name__ == "__main__":

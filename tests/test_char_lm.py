@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optaxclip.audit import read
+
 SCRIPT = Path(__file__).parent.parent / "examples" / "char_lm.py"
 TINY = (
     "--steps 12 --every 5 --warmup 2 --batch 8 --block 16 --layers 1 --heads 2 "
@@ -69,6 +71,21 @@ def test_every_clip_meets_the_same_batches_and_holds_its_threshold(tmp_path):
         assert table[name][3] == "0.0"
         assert table[name][4] == f"{metrics['before/grad_norm'].max():.0f}"
         assert table[name][5] == f"{metrics['after/grad_norm'].max():.1f}"
+
+        log = read(tmp_path / f"{name}-seed0.jsonl")
+        assert log.metadata["transform"] == name
+        assert log.step.tolist() == list(range(12))
+        for key, column in [
+            ("clip/grad_norm", log.norm),
+            ("clip/clip_threshold", log.threshold),
+            ("clip/clip_scale", log.scale),
+            ("train_loss", log.loss),
+        ]:
+            np.testing.assert_allclose(column, metrics[key], rtol=1e-6)
+        before = np.sqrt(np.sum(np.square(log.leaf_norms), axis=1))
+        np.testing.assert_allclose(before, metrics["before/grad_norm"], rtol=1e-5)
+        page = (tmp_path / f"{name}-seed0.html").read_text()
+        assert f"char_lm, {name}" in page
 
     # One batch of the twelve is broken: one token of 128 is left.
     assert none["bad"].sum() == 1
