@@ -277,5 +277,5 @@ def without_loss(state: SkipState) -> SkipState:
 def _zeros(path: tuple[Any, ...], update: Any, like: Any) -> Any:
     is_integer = jnp.issubdtype(jnp.result_type(update), jnp.integer)
     if _gradients.is_gradient(path, update) or is_integer:
-        return jnp.zeros_like(update, like.dtype)
+        return jnp.zeros_like(like)  # varies, and is sharded, as what it stands for
     return update

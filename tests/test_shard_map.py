@@ -276,6 +276,30 @@ def test_axis_names_that_do_not_fit(axis_name, message):
         )
 
 
+def mean(updates, params=None):
+    return jax.tree.map(lambda x: jax.lax.pmean(x, "x"), updates)
+
+
+@pytest.mark.parametrize(
+    ("inner", "decay", "grads_at", "params_at", "out"),
+    [
+        (optax.add_decayed_weights(0.5), 0.5, P(), P("x"), P("x")),
+        (optax.stateless(mean), 0.0, P("x"), P(), P()),
+    ],
+    ids=["varying more", "varying less"],
+)
+def test_inner_updates_that_vary_elsewhere(inner, decay, grads_at, params_at, out):
+    tx = optaxclip.skip_nonfinite(inner)
+    state = tx.init(jnp.ones(()))
+    program = jax.shard_map(
+        lambda grads, params: tx.update(grads, state, params)[0],
+        mesh=mesh(KINDS["auto"], 8), in_specs=(grads_at, params_at), out_specs=out,
+    )  # fmt: skip
+    grads, params = jnp.ones(1 if grads_at == P() else 8), jnp.ones(8)
+    for size, expected in [(2.0, 2 + decay), (jnp.nan, 0)]:
+        np.testing.assert_allclose(jax.jit(program)(size * grads, params), expected)
+
+
 @pytest.mark.parametrize("name", sorted(OF_UNITS))
 def test_units_of_shares_are_refused(name):
     with pytest.raises(ValueError, match="Measure units under `jit` instead"):

@@ -134,6 +134,28 @@ def test_state_and_parameters_keep_their_shardings(name):
     assert traces == 1
 
 
+SKIPPING = {
+    "skip": optaxclip.skip_nonfinite,
+    "loss scale": lambda inner: optaxclip.dynamic_loss_scale(inner, init_scale=1.0),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("at", [P("x"), P()], ids=["sharded", "replicated"])
+@pytest.mark.parametrize("name", SKIPPING)
+def test_updates_lie_where_the_inner_ones_do(name, at, compiled):
+    """Called eagerly too, and where decay adds sharded to replicated values."""
+    on, tx = mesh(KINDS["explicit"], 8), SKIPPING[name](optax.add_decayed_weights(0.5))
+    with jax.set_mesh(on):
+        params, grads = put([jnp.ones(8), jnp.arange(8.0)], [P("x"), at], on)
+        update = jax.jit(tx.update) if compiled else tx.update
+        updates, state = update(grads, tx.init(params), params)
+        skipped, _ = update(jnp.nan * grads, state, params)
+    np.testing.assert_array_equal(updates, np.arange(8) + 0.5)
+    np.testing.assert_array_equal(skipped, np.zeros(8))
+    assert updates.sharding.is_equivalent_to(skipped.sharding, 1)
+
+
 def test_unreduced_gradients_are_refused_with_the_way_out():
     on = mesh(KINDS["explicit"], 8)
 
