@@ -41,7 +41,7 @@ def decide(
     parameter_norms = None
     if params is not None:
         parameters = _gradients.split(params).gradients
-        with _mesh.measured():
+        with _mesh.warned():
             parameter_norms = _matching(norm, parameters, like, "params")
     finite = all_of(jnp.isfinite, norms)
     known = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 0), norms)

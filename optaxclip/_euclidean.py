@@ -102,10 +102,12 @@ def _roots(
         unit = jnp.asarray([1, large, 1 / large], dtype)[carry.attempt]
         totals = sums(leaves, unit)
         norms, sound = [], []
+        some = _any_positive(totals) if zero_fits else jnp.zeros((), bool)
         rows = zip(totals, counts, carry.norms, carry.sound, strict=True)
         for total, count, norm, was_sound in rows:
             norms.append(jnp.where(was_sound, norm, jnp.sqrt(total) / unit))
-            vanished = _vanished(total, count, zero_fits) & (carry.attempt == 0)
+            vanished = (carry.attempt == 0) & _vanished(total, count)
+            vanished &= (total > 0) | ~some
             sound.append(was_sound | ~(jnp.isinf(total) | vanished))
         return _Carry(carry.attempt + 1, norms, sound)
 
@@ -133,16 +135,19 @@ class _Carry(NamedTuple):
     sound: Arrays  # whether a norm is final: neither overflowed nor vanished
 
 
-def _vanished(total: jax.Array, count: int, zero_fits: bool) -> jax.Array:
+def _any_positive(totals: Arrays) -> jax.Array:
+    """Whether there is any gradient: then leaves and units of 0 are ordinary."""
+    tops = jnp.stack([jnp.max(total, initial=0) for total in totals])
+    return jnp.max(lax.optimization_barrier(tops)) > 0
+
+
+def _vanished(total: jax.Array, count: int) -> jax.Array:
     """Whether the squares that underflowed could be seen in their sum.
 
     At most ``count`` did, each below the smallest normal number.
     """
     info = jnp.finfo(total.dtype)
-    smallest = max(count, 1) * float(info.tiny) / float(info.eps)
-    vanished = total < smallest
-    # Leaves and units without any gradient are ordinary, and are many.
-    return vanished & (total > 0) if zero_fits else vanished
+    return total < max(count, 1) * float(info.tiny) / float(info.eps)
 
 
 def _joint_sum(leaves: Arrays, unit: jax.Array, shares: Shares) -> Arrays:

@@ -24,7 +24,7 @@ Norm = Callable[[PyTree], PyTree]
 
 class _Known(NamedTuple):
     norm: Norm
-    leaves: list[jax.Array]
+    gradients: PyTree
     norms: PyTree
 
 
@@ -41,30 +41,33 @@ def initial(norm: Norm, params: PyTree) -> PyTree:
 
 def measure(norm: Norm, gradients: PyTree) -> PyTree:
     """The norms of gradients: those handed over, or else by reading the gradients."""
-    leaves = jax.tree.leaves(gradients)
     for known in _known.get():
-        if _are_same(known.leaves, leaves):
-            if _parts(known.norm) == _parts(norm):
-                return known.norms
-            if _is_global_of_leaves(norm, known.norm):
-                return global_norm(known.norms, axis_name=())
+        if not _are_same(known.gradients, gradients):
+            continue
+        (function, axis_name), (other, told) = _parts(norm), _parts(known.norm)
+        if axis_name is not None and axis_name != told:
+            continue  # who was told nothing trusts who was
+        if function is other:
+            return known.norms
+        if function is global_norm and other is leaf_norm:
+            return global_norm(known.norms, axis_name=())
     return norm(gradients)
 
 
 @contextlib.contextmanager
 def handing_over(norm: Norm, gradients: PyTree, norms: PyTree) -> Iterator[None]:
-    """Within it these norms are known, and nobody is warned of the gradients again."""
-    known = _Known(norm, jax.tree.leaves(gradients), norms)
-    token = _known.set((known, *_known.get()))
+    """Within it these norms are known."""
+    token = _known.set((_Known(norm, gradients, norms), *_known.get()))
     try:
-        with _mesh.measured():
+        with _mesh.around(_parts(norm)[1]):
             yield
     finally:
         _known.reset(token)
 
 
-def _are_same(leaves: list[jax.Array], others: list[jax.Array]) -> bool:
-    return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
+def _are_same(tree: PyTree, other: PyTree) -> bool:
+    (leaves, treedef), (others, other_treedef) = map(jax.tree.flatten, (tree, other))
+    return treedef == other_treedef and all(map(operator.is_, leaves, others))
 
 
 def _parts(norm: Norm) -> tuple[Norm, _mesh.AxisName]:
@@ -74,8 +77,3 @@ def _parts(norm: Norm) -> tuple[Norm, _mesh.AxisName]:
     if norm.keywords.keys() != {"axis_name"}:
         return norm, None
     return norm.func, norm.keywords["axis_name"]
-
-
-def _is_global_of_leaves(norm: Norm, known: Norm) -> bool:
-    function, axis_name = _parts(norm)
-    return function is global_norm and _parts(known) == (leaf_norm, axis_name)

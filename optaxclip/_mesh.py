@@ -7,6 +7,7 @@ under ``pmap``, ``vmap`` and ``shard_map(check_vma=False)``: ``axis_name`` has t
 import contextlib
 import contextvars
 import functools
+import inspect
 import math
 import operator
 import warnings
@@ -24,7 +25,8 @@ AxisName = Any  # a name, a tuple of names, or a prefix tree of these and None
 Axes = tuple[str, ...]
 
 _initialising = contextvars.ContextVar("initialising", default=False)
-_measured = contextvars.ContextVar("measured", default=False)
+_warned = contextvars.ContextVar("warned", default=False)
+_as_whole = contextvars.ContextVar("as_whole", default=False)
 
 
 def initialising() -> contextlib.AbstractContextManager[None]:
@@ -32,24 +34,42 @@ def initialising() -> contextlib.AbstractContextManager[None]:
     return _within(_initialising)
 
 
-def measured() -> contextlib.AbstractContextManager[None]:
-    """Within it nobody is warned: these gradients have been measured before."""
-    return _within(_measured)
+def warned() -> contextlib.AbstractContextManager[None]:
+    """Within it nobody is warned: the same norm has been asked of other leaves."""
+    return _within(_warned)
+
+
+@contextlib.contextmanager
+def around(axis_name: AxisName) -> Iterator[None]:
+    """Within a transformation that has measured the gradients by this ``axis_name``.
+
+    If it took all leaves as whole, it has warned, and shares are a contradiction: what
+    is inside a skip would wait for devices that skip.
+    """
+    if axis_name is None or axis_name == ():
+        with _within(_warned), _within(_as_whole):
+            yield
+    else:
+        yield
 
 
 def shares(call: str, gradients: PyTree, axis_name: AxisName) -> list[Axes]:
     """For each leaf the axes over which devices hold different shares of it."""
     _refuse_unreduced(call, gradients)
     leaves, checked = jax.tree.leaves(gradients), _checked_axes()
-    if _initialising.get():
-        told: list[Axes] = [()] * len(leaves)
-    elif axis_name is None:
-        told = [()] * len(leaves)
+    told: list[set[str]] = [set()] * len(leaves)
+    if axis_name is None and not _initialising.get():
         _warn_of(call, {*jax.sharding.get_abstract_mesh().manual_axes} - checked)
-    else:
-        told = _told(call, gradients, axis_name)
+    elif not _initialising.get():
+        told = [{*axes} - checked for axes in _told(call, gradients, axis_name)]
+    if _as_whole.get() and any(told):
+        raise ValueError(
+            f"`{call}(axis_name=...)` must be () within a transformation that takes "
+            f"the same leaves as whole, got {axis_name!r}: give the skip, loss scale "
+            "or recorder around it this `axis_name`, too."
+        )
     return [
-        tuple(sorted({*varying_axes(x)} | ({*axes} - checked)))
+        tuple(sorted({*varying_axes(x)} | axes))
         for x, axes in zip(leaves, told, strict=True)
     ]
 
@@ -60,7 +80,12 @@ def varying_axes(x: jax.Array) -> Axes:
 
 
 def same_on_all_devices(argument: str, value: Any) -> jax.Array:
-    """The value as an array, if its type does not say that devices hold other ones."""
+    """A scalar as an array, if its type does not say that devices hold other ones."""
+    if jnp.shape(value):
+        raise ValueError(
+            f"`update({argument}=...)` must be a scalar, got the shape "
+            f"{jnp.shape(value)}."
+        )
     if axes := varying_axes(jnp.asarray(value)):
         raise ValueError(
             f"`update({argument}=...)` must be the same on all devices, got one that "
@@ -104,15 +129,26 @@ def _checked_axes() -> set[str]:
 
 
 def _warn_of(call: str, blind: set[str]) -> None:
-    if blind and not _measured.get():
+    if blind and not _warned.get():
         warnings.warn(
             f"`{call}(axis_name=None)` cannot see which leaves are shares over the "
             f"axes {sorted(blind)} (`pmap`, or `shard_map` with `check_vma=False`) and "
             "takes all as whole: right if every device holds the same gradients, "
             "averaged over the devices. Say so with `axis_name=()`, or name the axes "
             "over which leaves are split.",
-            stacklevel=2,
+            stacklevel=_depth_of_caller(),
         )
+
+
+def _depth_of_caller() -> int:
+    """The ``stacklevel`` of whoever called the optimizer: there a warning belongs."""
+    depth, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_back is not None:
+        depth, frame = depth + 1, frame.f_back
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("optaxclip", "optax", "jax", "contextlib"):
+            break
+    return depth - 1
 
 
 def _told(call: str, gradients: PyTree, axis_name: AxisName) -> list[Axes]:

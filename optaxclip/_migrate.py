@@ -36,9 +36,10 @@ def migrate_state(
     go on, and so do the clips and skips that stayed the same; what is new starts fresh.
 
     Leaves are paired by the names on their paths. Positions in sequences are no names,
-    and skips and clips do not count, so that a clip may be put in front; leaves of one
-    name are paired in their order. Two of one name and shape that changed places can't
-    be told apart: use ``optax.named_chain`` where that may happen.
+    nor are keys made of digits, and skips and clips do not count, so that a clip may be
+    put in front; leaves of one name are paired in their order. Two of one name and
+    shape that changed places can't be told apart: use ``optax.named_chain`` where that
+    may happen, and no digits for parameters that come and go.
 
     Args:
       old_state: The old optimizer's state, as it was or as nested dicts and lists, into

@@ -81,8 +81,8 @@ def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTr
     Returns:
       A tree of float32 scalars (float64 for float64 leaves), with an
       ``optax.MaskedNode`` in place of each leaf that is no gradient. A leaf without
-      elements has norm 0. A leaf all of whose elements are below 1e-19 may count
-      as 0.
+      elements has norm 0. Beside larger leaves, one all of whose elements are below
+      1e-19 may count as 0.
 
     Raises:
       ValueError: as :func:`global_norm` does.

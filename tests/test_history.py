@@ -117,19 +117,22 @@ def test_the_loss_is_recorded_and_a_step_skipped_for_it_keeps_its_norm():
     assert history.history_threshold[1] == 50
 
 
+@pytest.mark.parametrize("length", [2, 10])
 @pytest.mark.parametrize("where", ["inside", "outside"])
-def test_micro_batches_are_no_steps(where):
+def test_micro_batches_are_no_steps(where, length):
+    """Nor do they overwrite the oldest row of a full buffer."""
+
     def recorded(tx):
-        return optaxclip.record_history(tx, 10)
+        return optaxclip.record_history(tx, length)
 
     with jax.numpy_dtype_promotion("standard"):
         if where == "inside":
             tx = optax.MultiSteps(recorded(clip_and_step()), 2)
-            state = train(tx, [0.0, 2.0, 4.0, 8.0]).inner_opt_state
+            state = train(tx, [0.0, 2.0, 4.0, 8.0, 5.0]).inner_opt_state
         else:
             tx = recorded(optax.MultiSteps(clip_and_step(), 2))
-            state = train(tx, [0.0, 2.0, 4.0, 8.0])
-    steps, history = rows(state, 10)
+            state = train(tx, [0.0, 2.0, 4.0, 8.0, 5.0])
+    steps, history = rows(state, length)
     assert len(steps) == 2
     expected = [norms_of(1.0)[2], norms_of(6.0)[2]]
     np.testing.assert_allclose(history.history_norm, expected, rtol=1e-6)
@@ -288,6 +291,12 @@ def test_bad_length(length):
     rule = "must be a whole number of at least 1, got"
     with pytest.raises(ValueError, match=rf"`record_history\(length=...\)` {rule}"):
         optaxclip.record_history(optaxclip.clip_by_global_norm(1.0), length)
+
+
+def test_a_loss_that_is_no_scalar():
+    tx = optaxclip.record_history(clip_and_step())
+    with pytest.raises(ValueError, match=r"`update\(loss=...\)` must be a scalar, got"):
+        train(tx, [1.0], loss=jnp.ones(3))
 
 
 def test_nothing_to_record():

@@ -632,3 +632,19 @@ def test_bad_arguments(argument, value, rule):
         f"`dynamic_loss_scale({argument}=...)` must be {rule}, got {value!r}."
     ):
         optaxclip.dynamic_loss_scale(optax.sgd(1.0), **{argument: value})
+
+
+def test_the_optimizer_sees_parameters_in_float32():
+    seen = []
+
+    def update(updates, state, params=None):
+        seen.append((updates["w"].dtype, params["w"].dtype))
+        return updates, state
+
+    inner = optax.GradientTransformation(lambda params: params, update)
+    tx = optaxclip.dynamic_loss_scale(inner)
+    params = {"w": jnp.ones(2, jnp.float16)}
+    state = tx.init(params)
+    tx.update(params, state, params)
+    assert state.inner_state["w"].dtype == jnp.float32
+    assert set(seen) == {(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))}

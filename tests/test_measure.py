@@ -113,3 +113,21 @@ def test_derivatives_pass_through_what_was_handed_over():
         inside = jax.grad(lambda f: updates_of(skip, f))(factor)
         alone = jax.grad(lambda f: updates_of(clip, f))(factor)
         np.testing.assert_allclose(inside, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_norms_of_another_structure_are_not_handed_over():
+    grads = {"a": jnp.full(4, 2.0), "n": jnp.arange(3)}
+    inner = optax.masked(optaxclip.clip_by_leaf_norm(1.0), {"a": True, "n": False})
+    tx = optaxclip.skip_by(inner, norm=optaxclip.leaf_norm)
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates["a"], 0.5)
+
+
+def test_a_recorder_changes_no_decision_about_tiny_gradients():
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-25), GRADS)
+    clip = optaxclip.clip_by_global_norm(1e-26)
+    recorder = optaxclip.record_history(clip, 2, leaf_norms=True)
+    alone, _ = clip.update(grads, clip.init(grads))
+    recorded, _ = recorder.update(grads, recorder.init(grads))
+    for x, y in zip(jax.tree.leaves(recorded), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)

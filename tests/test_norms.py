@@ -253,3 +253,18 @@ def test_a_nan_of_either_sign_is_seen(sign, ord):
     _, state = tx.update(tree, tx.init(tree))
     assert np.isnan(optaxclip.metrics(state)["grad_norm"])
     assert state.nonfinite_count == 1
+
+
+def test_the_derivative_of_a_maximum_is_shared_by_its_places():
+    tree = {"a": jnp.array([3.0, -3.0, 1.0]), "b": jnp.array([2.0])}
+    slopes = jax.grad(lambda t: optaxclip.leaf_norm(t, ord=np.inf)["a"])(tree)
+    np.testing.assert_array_equal(slopes["a"], [0.5, -0.5, 0.0])
+    np.testing.assert_array_equal(slopes["b"], [0.0])
+
+
+@pytest.mark.parametrize("padding", [1, 2**20 + 1], ids=["in a row", "in a loop"])
+def test_leaves_that_are_all_tiny_are_measured(padding):
+    tree = {"a": jnp.full(4, 1e-25), "b": jnp.zeros(padding)}
+    norms = optaxclip.leaf_norm(tree)
+    np.testing.assert_allclose(norms["a"], 2e-25, rtol=1e-6)
+    assert norms["b"] == 0

@@ -345,3 +345,90 @@ def test_unreduced_shares_are_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"'w'.*\['x'\].*`jax\.lax\.psum`"):
         jax.jit(program(False))(jnp.ones(8))
     np.testing.assert_allclose(jax.jit(program(True))(jnp.ones(8))["w"], 1.0)
+
+
+def told_skip(outer, inner):
+    def given(axis_name):
+        return {} if axis_name == "untold" else {"axis_name": axis_name}
+
+    clip = optaxclip.clip_by_global_norm(1.0, **given(inner))
+    return optaxclip.skip_nonfinite(clip, **given(outer))
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("x", "untold"), ("x", "x")])
+def test_a_clip_trusts_the_skip_around_it(outer, inner):
+    tx, grads = told_skip(outer, inner), jnp.arange(1.0, 9.0)
+    state = tx.init(grads[:1])
+    updates = jax.pmap(lambda g: tx.update(g[None], state)[0], axis_name="x")(grads)
+    np.testing.assert_allclose(updates[:, 0], grads / np.linalg.norm(grads), rtol=1e-6)
+
+
+@pytest.mark.parametrize("outer", ["untold", ()])
+@pytest.mark.filterwarnings("ignore:.*cannot see which leaves")
+def test_shares_within_a_skip_that_takes_them_as_whole_are_refused(outer):
+    """Devices that skip would leave those that do not waiting for their sum."""
+    tx = told_skip(outer, "x")
+    state = tx.init(jnp.ones(1))
+    with pytest.raises(ValueError, match="give the skip, loss scale or"):
+        jax.pmap(lambda g: tx.update(g[None], state), axis_name="x")(jnp.ones(8))
+
+
+def test_a_clip_that_asks_another_norm_than_the_skip_around_it_is_warned():
+    skip = optaxclip.skip_nonfinite(optaxclip.clip_by_leaf_norm(1.0), axis_name="x")
+    state = skip.init(jnp.ones(1))
+    with pytest.warns(UserWarning, match=r"`leaf_norm\(axis_name=None\)` cannot see"):
+        jax.pmap(lambda g: skip.update(g[None], state), axis_name="x")(jnp.ones(8))
+
+
+def test_the_warning_points_at_the_caller():
+    tx = optaxclip.clip_by_global_norm(1.0)
+    state = tx.init(jnp.ones(1))
+    with pytest.warns(UserWarning, match="cannot see") as caught:
+        jax.pmap(lambda g: tx.update(g[None], state))(jnp.ones(8))
+    assert caught[0].filename == __file__
+
+
+def test_axis_names_of_whole_leaves_change_nothing_where_types_tell():
+    tx = optaxclip.clip_by_percentile(95, 20, max_norm=THRESHOLD, axis_name=("x", "y"))
+    assert_same_run(run_mapped(tx, (4, 2), TWO_AXES), "clip_by_percentile")
+
+
+@pytest.mark.parametrize("ord", [1, 2, np.inf])
+@pytest.mark.parametrize("norm", [optaxclip.global_norm, optaxclip.leaf_norm])
+def test_derivatives_through_a_clip_of_shares(norm, ord):
+    """Each device's part of the derivative is that of one device."""
+    tx = optaxclip.clip_by(functools.partial(norm, ord=ord), 0.5)
+    params = jax.tree.map(lambda x: x * 1.0, parameters())
+    params["kernel"] = params["kernel"].at[0, 0].set(9.0).at[-1, -1].set(-9.0)  # ties
+    weights = jax.tree.map(lambda x: jnp.cos(7 * x), params)
+
+    def loss(params, weights):
+        updates, _ = tx.update(params, tx.init(params))
+        parts = jax.tree.map(lambda u, w: jnp.sum(u * w), updates, weights)
+        return parts
+
+    def whole(params):
+        return sum(jax.tree.leaves(loss(params, weights)))
+
+    def of_shares(params, weights):
+        def total(params):
+            parts = loss(params, weights)
+            sums = [
+                jax.lax.psum(part, axes) if (axes := varying(part)) else part
+                for part in jax.tree.leaves(parts)
+            ]
+            return sum(sums)
+
+        return jax.grad(total)(params)
+
+    def varying(x):
+        return tuple(sorted(jax.typeof(x).manual_axis_type.varying))
+
+    on = mesh(KINDS["auto"], 4, 2)
+    program = jax.shard_map(
+        of_shares, mesh=on, in_specs=(TWO_AXES, TWO_AXES), out_specs=TWO_AXES
+    )
+    expected = jax.grad(whole)(params)
+    actual = jax.jit(program)(params, weights)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
