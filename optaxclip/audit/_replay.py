@@ -28,9 +28,11 @@ def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
               s_t = \min(1, T_t / n_t)
 
     A rule sees norms and nothing else, so that it can be run without a model: with the
-    decision of :func:`optaxclip.clip_by` itself, in one compiled scan. What the run
-    would have done is another matter, since other clips make other parameters, and
-    those make other norms: a replay tells most of spikes, and of how a rule adapts.
+    decision of :func:`optaxclip.clip_by` itself, in one compiled scan. On the CPU the
+    results are those of that clip under ``jit``, bit for bit; elsewhere, and without
+    ``jit``, a last bit may be rounded otherwise. What the run would have done is
+    another matter, since other clips make other parameters, and those make other
+    norms: a replay tells most of spikes, and of how a rule adapts.
 
     Args:
       rule: A number, an array, a schedule or a rule, as :func:`optaxclip.clip_by` takes
