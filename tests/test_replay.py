@@ -128,8 +128,21 @@ def test_results_are_float32_arrays_of_the_host(norms):
 
 
 def test_what_float32_cannot_hold_is_infinite():
-    thresholds, scales = replay(1.0, [1e39, 1e-50])
+    _, scales = replay(1.0, [1e39, 1e-50])
     np.testing.assert_array_equal(scales, [0, 1])
+
+
+def test_an_infinite_norm_passes_only_where_nothing_bounds():
+    norms = [np.inf, 1.0, np.inf, 2.0]
+    thresholds, scales = replay(optaxclip.quantile(0.5, 10), norms)
+    np.testing.assert_array_equal(thresholds, [np.inf, np.inf, 1, 1])
+    np.testing.assert_array_equal(scales, [1, 1, 0, 0.5])
+
+
+def test_a_threshold_a_leaf():
+    thresholds, scales = replay(jnp.array([1.0, 4.0]), [[2.0, 2.0], [1.0, 8.0]])
+    np.testing.assert_array_equal(thresholds, [[1, 4], [1, 4]])
+    np.testing.assert_array_equal(scales, [[0.5, 1], [1, 0.5]])
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3)])

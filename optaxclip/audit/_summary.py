@@ -1,5 +1,6 @@
 """The summary of a log in words: what stands out, with its steps."""
 
+import collections
 from typing import NamedTuple
 
 import numpy as np
@@ -216,10 +217,12 @@ def _dominating_leaf(data: LogData) -> Finding | None:
         )
         return Finding("notice", "One leaf dominates", detail)
     leaders = [stats.dominating_leaf(data, row) for row in stats.spikes(data)]
-    leader = max(set(leaders), key=leaders.count, default="")
-    if len(leaders) < 3 or not leader or leaders.count(leader) < len(leaders) / 2:
+    if len(leaders) < 3:
         return None
-    detail = f"{leader} has the largest norm in {leaders.count(leader)} of them."
+    leader, times = collections.Counter(leaders).most_common(1)[0]
+    if not leader or times < len(leaders) / 2:
+        return None
+    detail = f"{leader} has the largest norm in {times:,} of them."
     return Finding("notice", f"One leaf leads in {len(leaders):,} spikes", detail)
 
 
