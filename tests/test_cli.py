@@ -186,6 +186,93 @@ def test_runs_of_one_norm(capsys, tmp_path, norm):
         assert f"{path}: `suggest(norms=...)` must hold a finite norm above 0" in error
 
 
+def finding(norms, threshold, **more):
+    """Runs of 400 steps, each with one thing to find, as rows of a log."""
+    return [
+        logs.row(i, norm, threshold, **{name: of(i) for name, of in more.items()})
+        for i, norm in enumerate(np.asarray(norms).tolist())
+    ]
+
+
+STEADY = 1 + 0.01 * (np.arange(400) % 7)
+FINDINGS = {
+    "nothing": (finding(STEADY, 2.0), "fine", "Nothing stands out", ""),
+    "over": (
+        finding(STEADY, 0.5),
+        "problem",
+        "Over-clipping: most steps are clipped",
+        "100.0 % of the steps, with a mean scale of 0.486",
+    ),
+    "a stretch": (
+        finding(np.where(np.arange(400) // 100 == 2, 4.0, STEADY), 2.0),
+        "notice",
+        "A stretch of over-clipping",
+        "100.0 % of the steps from 200 to 299 were clipped, against 25.0 % of the run.",
+    ),
+    "under": (
+        finding(STEADY, 103.0),
+        "notice",
+        "Under-clipping: the threshold is out of reach",
+        "is 100 times the median norm and 97.2 times the largest",
+    ),
+    "unbounded": (finding(STEADY, np.inf), "notice", "Nothing was bounded", "infinite"),
+    "zeros": (finding(np.zeros(400), 1.0), "problem", "Every norm is 0", "nothing"),
+    "mostly zeros": (
+        finding(np.where(np.arange(400) % 4, 0, STEADY), 2.0),
+        "notice",
+        "Under-clipping: the threshold is out of reach",
+        "is infinite times the median norm",
+    ),
+    "a spike held": (
+        finding(np.where(np.arange(400) == 123, 90.0, STEADY), 2.0),
+        "notice",
+        "1 spike",
+        "step 123. The largest, 87.4 times the usual, is at step 123. All were clipped",
+    ),
+    "a spike not held": (
+        finding(np.where(np.arange(400) == 123, 90.0, STEADY), 50.0),
+        "problem",
+        "1 spike, not all held",
+        "1 spike still exceeded 5 times the usual after the clip: step 123.",
+    ),
+    "drift": (
+        finding(np.geomspace(1.0, 4.0, 400), 8.0),
+        "notice",
+        "The norms drift away from the threshold",
+        "from 1.07 to 3.74 while the threshold went from 8",
+    ),
+    "skipped": (
+        finding(np.where(np.arange(400) // 20 == 5, np.nan, STEADY), 2.0),
+        "problem",
+        "20 steps skipped in a row",
+        "From step 100 to 119 nothing was learnt.",
+    ),
+    "the loss": (
+        finding(STEADY, 2.0, loss=lambda i: "inf" if i == 17 else 1.0),
+        "notice",
+        "The loss was infinite",
+        "Step 17.",
+    ),
+    "a leaf": (
+        finding(STEADY, 2.0, leaf_norms=lambda i: [0.1, 1.0, 0.1 if i % 4 else 2.0]),
+        "notice",
+        "One leaf dominates",
+        "b holds more than half of the squared norm in 75.0 % of the steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_what_a_summary_finds(capsys, tmp_path, name):
+    rows, level, title, detail = FINDINGS[name]
+    leaves = ("a", "b", "c") if "leaf_norms" in rows[0] else ()
+    path = logs.write(tmp_path / "run.jsonl", rows, leaf_names=leaves)
+    assert _cli.main(["summary", str(path), "--json"]) == 0
+    first = strict(capsys.readouterr().out)["findings"][0]
+    assert (first["level"], first["title"]) == (level, title)
+    assert detail in first["detail"]
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as exit_:
         _cli.main(["--version"])
@@ -288,6 +375,14 @@ def test_a_rule_that_no_device_can_hold(capsys, run_log):
     argv = ["replay", str(run_log), "--rule", "ema:warmup=99999999999"]
     error = failed(capsys, argv)
     assert "the rule ema:warmup=99999999999 cannot be replayed: " in error
+
+
+@pytest.mark.parametrize("command", ["replay", "suggest"])
+def test_norms_below_0_which_only_a_norm_of_ones_own_can_be(capsys, tmp_path, command):
+    rows = [{**logs.row(0, 1.0), "norm": -1.0}]
+    path = logs.write(tmp_path / "run.jsonl", rows)
+    error = failed(capsys, arguments(command, path))
+    assert "(norms=...)` must be non-negative, got -1.0." in error
 
 
 class Report:

@@ -97,7 +97,7 @@ def test_a_replay_is_the_clip_bit_for_bit(name):
     norms = series()
     tx = optaxclip.clip_by(optaxclip.global_norm, RULES[name])
     update = jax.jit(tx.update)
-    state = tx.init(jnp.zeros(1))
+    state = tx.init(jnp.zeros(1, jnp.float32))
     rows = []
     for norm in norms:
         _, state = update(jnp.array([norm]), state)
@@ -329,7 +329,7 @@ def test_the_suggested_texts_are_rules_and_settings():
         for suggestion in suggest(norms)[:2]:
             expected = replay(parse_rule(suggestion.rule), norms).thresholds
             tx = eval(f"optaxclip.{suggestion.setting}")
-            state = tx.init(jnp.zeros(1))
+            state = tx.init(jnp.zeros(1, jnp.float32))
             for norm in norms[:3]:
                 _, state = tx.update(jnp.array([norm], np.float32), state)
             last = state.clip_metrics.clip_threshold

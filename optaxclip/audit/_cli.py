@@ -142,8 +142,14 @@ def _replay(args: argparse.Namespace) -> str:
     for text, rule in args.rules:
         try:
             outcomes += compare({text: rule}, data.norm)
-        # What numbers too large for the device end in depends on where they stand.
-        except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        # What becomes of numbers that are too large depends on where they stand.
+        except (
+            MemoryError,
+            OverflowError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise _Failure(f"the rule {text} cannot be replayed: {error}") from None
     if args.json:
         return _json(
