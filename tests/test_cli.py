@@ -404,7 +404,15 @@ class Report:
         ),
         (OSError(28, "No space left on device"), "page.html: No space left on device"),
         (
-            ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"),
+            IsADirectoryError(21, "`report(path=...)` cannot be written", "pages"),
+            "pages: cannot be written",
+        ),
+        (
+            ModuleNotFoundError("No module named 'matplotlib'"),
+            'the report needs matplotlib: pip install "optaxclip[audit]"',
+        ),
+        (
+            ImportError("`report()` needs matplotlib."),
             'the report needs matplotlib: pip install "optaxclip[audit]"',
         ),
     ],
@@ -413,6 +421,14 @@ def test_a_report_that_cannot_be_written(capsys, monkeypatch, run_log, error, me
     monkeypatch.setitem(sys.modules, "optaxclip.audit._report", Report(error))
     found = failed(capsys, ["report", str(run_log), "-o", "page.html"])
     assert found == f"optaxclip: {message}\n"
+
+
+def test_no_log_for_a_page_that_exists(capsys, tmp_path):
+    page, log = tmp_path / "page.html", tmp_path / "none.jsonl"
+    page.write_text("old")
+    error = failed(capsys, ["report", str(log), "-o", str(page)])
+    assert error == f"optaxclip: {log}: No such file or directory\n"
+    assert page.read_text() == "old"
 
 
 def test_a_report_never_overwrites_the_log(capsys, run_log):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -120,15 +121,15 @@ def _rule(text: str) -> tuple[str, optax.GradientTransformation]:
 
 
 def _report(args: argparse.Namespace) -> str:
+    data = _read(args.log)
     if os.path.exists(args.output) and os.path.samefile(args.log, args.output):
         raise _Failure(f"{args.output} is the log: name another file for the page")
-    data = _read(args.log)
     try:
         from optaxclip.audit._report import report
 
         return f"Wrote {report(data, args.output, title=args.title)}"
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
+    except ImportError as error:
+        if "matplotlib" not in str(error):
             raise
         hint = 'pip install "optaxclip[audit]"'
         raise _Failure(f"the report needs matplotlib: {hint}") from None
@@ -214,14 +215,19 @@ def _read(path: str) -> LogData:
     except OSError as error:
         raise _Failure(_reason(error, path)) from None
     except ValueError as error:
-        raise _Failure(str(error).removeprefix("`read(path=...)`: ")) from None
+        raise _Failure(_without_call(str(error))) from None
     if not len(data.step):
         raise _Failure(f"{path}: the log has no steps yet.")
     return data
 
 
 def _reason(error: OSError, path: str | Path) -> str:
-    return f"{error.filename or path}: {error.strerror or error}"
+    return f"{error.filename or path}: {_without_call(error.strerror or str(error))}"
+
+
+def _without_call(message: str) -> str:
+    """An error's text without the Python call that it begins with."""
+    return re.sub(r"^`\w+\(path=\.\.\.\)`:? ", "", message)
 
 
 def _gaps(data: LogData) -> list[str]:
