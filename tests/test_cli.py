@@ -442,7 +442,9 @@ def test_a_report_never_overwrites_the_log(capsys, run_log):
 
 
 def python(*argv, env=None, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    # Buffered, as it is wherever nobody asked for the contrary.
+    fixed = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    environment = {**os.environ, **fixed, **(env or {})}
     return subprocess.run(
         [sys.executable, *map(str, argv)], env=environment, check=False, **options
     )

@@ -339,9 +339,9 @@ def test_the_suggested_texts_are_rules_and_settings():
 def test_more_spikes_ask_for_a_larger_window():
     norms = lognormal(20_000)
     assert suggest(norms).percentile.rule == "quantile:0.95,100"
-    norms[5000:5010] *= 100  # ten at once: (window - 1) // 20 must be at least twenty
+    norms[5000:5008] *= 100  # eight at once, so (window - 1) // 20 must be 16 or more
     assert suggest(norms).percentile.rule == "quantile:0.95,500"
-    assert "at most 10 in so many steps" in suggest(norms).percentile.reason
+    assert "at most 8 in so many steps" in suggest(norms).percentile.reason
 
 
 def test_more_spikes_than_any_window_bears():
