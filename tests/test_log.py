@@ -735,10 +735,30 @@ DAMAGED = {
     "no object": ([HEAD, row(0), "17", row(1)], 3, "no row of a log"),
     "a list": ([HEAD, row(0), "[]", row(1)], 3, "neither a row nor a marker"),
     "an unknown marker": ([HEAD, '{"x":1}', row(1)], 2, "neither a row nor a marker"),
+    "a list for a number": ([HEAD, row(0), row(1, norm=[1.0])], 3, "a list in place"),
+    "a list in a single row": ([HEAD, row(0, scale=[1, 1])], 2, "a list in"),
+    "a huge step": ([HEAD, row(10**30), row(1)], 2, "no row of a log"),
+    "an infinite step": ([HEAD, '{"step":1e400}', row(1)], 2, "no row of a log"),
+    "a rewind to nowhere": (
+        [HEAD, row(0), '{"rewound_to":null}', row(1)],
+        3,
+        "neither a row nor a marker",
+    ),
+    "many brackets": ([HEAD, row(0), "[" * 100_000, row(1)], 3, "not JSON"),
+    "leaf names": (
+        ['{"optaxclip_log": 1, "leaf_names": 3}', row(0)],
+        1,
+        "leaf_names must be a list of strings, got 3",
+    ),
     "leaf norms": (
         ['{"optaxclip_log": 1, "leaf_names": ["a", "b"]}', row(0, leaf_norms=[1.0])],
         2,
         "1 leaf norms, but 2 leaf names",
+    ),
+    "nested leaf norms": (
+        ['{"optaxclip_log": 1, "leaf_names": ["a"]}', row(0, leaf_norms=[[1.0]])],
+        2,
+        "a list in place",
     ),
 }
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from optaxclip._thresholds.constant import Rule, Threshold
+from optaxclip.audit import _text as text
 from optaxclip.audit._replay import checked, replay
 
 RISE = 2.0  # the probe: norms so many times as large, for good
@@ -68,19 +69,27 @@ def compare(
     return tuple(_replayed(name, rule, series) for name, rule in rules.items())
 
 
-def outcome(name: str, norms: np.ndarray, scales: np.ndarray) -> Outcome:
-    """The outcome of norms and scales as they were recorded: without a probe."""
+def outcome(
+    name: str,
+    norms: np.ndarray,
+    scales: np.ndarray,
+    clipped: np.ndarray | None = None,
+) -> Outcome:
+    """The outcome of norms and scales as they were recorded: without a probe.
+
+    ``clipped`` tells clipped steps from skipped ones, of which the scale is 0 too.
+    """
     finite = np.isfinite(norms)
+    flags = np.asarray(scales < 1 if clipped is None else clipped)[finite]
     norms, scales = np.asarray(norms)[finite], np.asarray(scales)[finite]
     if not len(norms):
         return Outcome(name, np.nan, np.nan, np.nan, 0, np.nan)
-    clipped = scales < 1
     return Outcome(
         name,
-        clipped_share=float(clipped.mean()),
+        clipped_share=float(flags.mean()),
         mean_scale=float(scales.mean(dtype=np.float64)),
         largest_passed=float(np.max(norms * scales)),
-        longest_streak=longest_streak(clipped)[1],
+        longest_streak=longest_streak(flags)[1],
         recovery_steps=np.nan,
     )
 
@@ -123,23 +132,27 @@ HEADER = (
 
 def cells(outcome: Outcome) -> tuple[str, ...]:
     """An outcome as the texts of a table's row."""
-    recovers = {np.inf: "never"}.get(
-        outcome.recovery_steps, f"{outcome.recovery_steps:,.0f} steps"
-    )
+    never = np.isinf(outcome.recovery_steps)
     return (
         outcome.name,
-        f"{100 * outcome.clipped_share:.1f} %",
-        f"{outcome.mean_scale:.3f}",
-        f"{outcome.largest_passed:.4g}",
+        text.share(outcome.clipped_share),
+        _known(outcome.mean_scale, ".3f"),
+        _known(outcome.largest_passed, ".4g"),
         f"{outcome.longest_streak:,}",
-        "-" if np.isnan(outcome.recovery_steps) else recovers,
+        "never" if never else _known(outcome.recovery_steps, ",.0f", " steps"),
     )
+
+
+def _known(value: float, form: str, unit: str = "") -> str:
+    return "-" if np.isnan(value) else f"{value:{form}}{unit}"
 
 
 def _replayed(name: str, rule: Threshold | Rule, norms: np.ndarray) -> Outcome:
     finite = np.flatnonzero(np.isfinite(norms))
     tail = finite[-_TAIL:]
-    probe = np.resize(RISE * norms[tail], (_PROBE_STEPS + _WINDOW) * (len(tail) > 0))
+    with np.errstate(over="ignore"):
+        risen = RISE * norms[tail]
+    probe = np.resize(risen, (_PROBE_STEPS + _WINDOW) * (len(tail) > 0))
     scales = replay(rule, np.concatenate([norms, probe])).scales
     run, probed = scales[: len(norms)], scales[len(norms) :]
     recovery = _recovery(run[tail].mean(), probed) if len(tail) else np.nan

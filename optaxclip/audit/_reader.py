@@ -13,6 +13,7 @@ MARKERS = ("missed", "resumed", "rewound_to", "torn")
 
 # Parsed as one JSON array, twice as fast as line by line; not all at once, for memory.
 _LINES_AT_ONCE = 20_000
+_NO_JSON = (ValueError, RecursionError)  # the latter of thousands of brackets
 _NUMBERS = ("norm", "threshold", "scale")
 _BOOLS = ("clipped", "skipped")
 
@@ -79,7 +80,7 @@ def parse(content: bytes, path: str | Path) -> Parsed:
 def _is_json(line: str) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except _NO_JSON:
         return False
     return True
 
@@ -97,6 +98,9 @@ def _metadata(lines: list[str], path: str | Path) -> dict[str, Any]:
     if head["optaxclip_log"] != FORMAT:
         found = head["optaxclip_log"]
         _refuse(path, 1, f"the log has format {found!r}, this reader knows {FORMAT}")
+    names = head.get("leaf_names") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        _refuse(path, 1, f"leaf_names must be a list of strings, got {names!r:.60}")
     return head
 
 
@@ -117,7 +121,7 @@ class _Reading:
         try:
             rows = [item for item in objects if "step" in item]
             columns = _columns(rows, self.leaves)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OverflowError, TypeError, ValueError):
             self._find_fault(objects, number)
         if len(rows) < len(objects):
             self._markers(objects, number)
@@ -129,12 +133,12 @@ class _Reading:
             objects = json.loads(f"[{','.join(lines)}]")
             if len(objects) == len(lines):  # or some line was no object of its own
                 return objects
-        except ValueError:
+        except _NO_JSON:
             pass
         for line, text in enumerate(lines, number):
             try:
                 json.loads(text)
-            except ValueError as error:
+            except _NO_JSON as error:
                 _refuse(self.path, line, f"not JSON ({error}): {text[:60]!r}")
         raise AssertionError("lines of JSON make an array")
 
@@ -144,7 +148,7 @@ class _Reading:
                 _columns([item] if "step" in item else [], self.leaves)
             except KeyError as error:
                 _refuse(self.path, line, f"a row without {error}")
-            except (TypeError, ValueError) as error:
+            except (OverflowError, TypeError, ValueError) as error:
                 _refuse(self.path, line, f"no row of a log ({error}): {item!r:.60}")
         raise AssertionError("rows that are good one by one are good together")
 
@@ -153,10 +157,10 @@ class _Reading:
         for line, item in enumerate(objects, number):
             if "step" in item:
                 rows += 1
-            elif not isinstance(item, dict) or not any(m in item for m in MARKERS):
+            elif not _is_marker(item):
                 _refuse(self.path, line, f"neither a row nor a marker: {item!r:.60}")
             elif "rewound_to" in item:
-                self.rewinds.append((rows, int(item["rewound_to"])))
+                self.rewinds.append((rows, item["rewound_to"]))
             elif "resumed" in item:
                 self.resumed.append(item["resumed"])
             self.torn += "torn" in item
@@ -182,24 +186,40 @@ class _Reading:
         )
 
 
+def _is_marker(item: Any) -> bool:
+    return (
+        isinstance(item, dict)
+        and any(marker in item for marker in MARKERS)
+        and isinstance(item.get("rewound_to", 0), int)
+    )
+
+
 def _columns(rows: list[dict[str, Any]], leaves: int) -> dict[str, np.ndarray]:
     """Columns of rows. NumPy takes the strings "nan", "inf" and "-inf" for numbers."""
     nan = float("nan")
     columns = {
-        "step": np.array([row["step"] for row in rows], np.int64),
-        "loss": np.array([row.get("loss", nan) for row in rows], np.float64),
+        "step": _column([row["step"] for row in rows], np.int64),
+        "loss": _column([row.get("loss", nan) for row in rows], np.float64),
     }
     for name in _NUMBERS:
-        columns[name] = np.array([row[name] for row in rows], np.float64)
+        columns[name] = _column([row[name] for row in rows], np.float64)
     for name in _BOOLS:
-        columns[name] = np.array([row[name] for row in rows], bool)
+        columns[name] = _column([row[name] for row in rows], bool)
     if leaves:
         none = [nan] * leaves
         norms = [row.get("leaf_norms", none) for row in rows]
         if wrong := {len(row) for row in norms} - {leaves}:
             raise ValueError(f"{wrong.pop()} leaf norms, but {leaves} leaf names")
-        columns["leaf_norms"] = np.array(norms, np.float64).reshape(-1, leaves)
+        flat = [norm for row in norms for norm in row]
+        columns["leaf_norms"] = _column(flat, np.float64).reshape(-1, leaves)
     return columns
+
+
+def _column(values: list[Any], dtype: Any) -> np.ndarray:
+    column = np.array(values, dtype)
+    if column.ndim != 1:
+        raise ValueError("a list in place of a number")
+    return column
 
 
 def _gaps(step: np.ndarray) -> tuple[tuple[int, int], ...]:

@@ -1,7 +1,7 @@
 """Replay: what another rule would have done with the norms of a run."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,13 @@ def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
               s_t = \min(1, T_t / n_t)
 
     A rule sees norms and nothing else, so that it can be run without a model: with the
-    decision of :func:`optaxclip.clip_by` itself, in one compiled scan. What the run
-    would have done is another matter, since other clips make other parameters, and
-    those make other norms: a replay tells most of spikes, and of how a rule adapts.
+    decision of :func:`optaxclip.clip_by` itself, in one compiled scan on the CPU. The
+    results are those of that clip under ``jit`` there, bit for bit; on an accelerator,
+    and without ``jit``, a last bit may be rounded otherwise.
+
+    What the run would have done is another matter, since other clips make other
+    parameters, and those make other norms: a replay tells most of spikes, and of how a
+    rule adapts.
 
     Args:
       rule: A number, an array, a schedule or a rule, as :func:`optaxclip.clip_by` takes
@@ -46,7 +50,8 @@ def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
       norm                        result
       ==========================  ==================================================
       0                           scale 1
-      NaN, infinite               shown to the rule as 0, then forgotten; scale NaN, 0
+      NaN                         shown to the rule as 0, then forgotten; scale NaN
+      infinite                    the same; scale 0, or 1 where nothing bounds
       none at all                 empty arrays
       ==========================  ==================================================
 
@@ -72,7 +77,8 @@ def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
         )
     if not len(series):
         return Replay(series, series)
-    return Replay(*map(np.asarray, _scan(as_rule(rule), jnp.asarray(series))))
+    with jax.default_device(_cpu()):
+        return Replay(*map(np.asarray, _scan(as_rule(rule), jnp.asarray(series))))
 
 
 def checked(call: str, norms: np.ndarray) -> np.ndarray:
@@ -86,6 +92,17 @@ def checked(call: str, norms: np.ndarray) -> np.ndarray:
             f"`{call}(norms=...)` must be non-negative, got {series[series < 0][0]}."
         )
     return series
+
+
+def _cpu() -> Any:
+    """The CPU: there a step is a turn of a loop, elsewhere several kernels to launch.
+
+    None, the default device, if JAX was told to do without.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -43,8 +43,8 @@ def parse_rule(text: str) -> optax.GradientTransformation:
     if not star:
         return rule
     factor = _value(text, factor_text)
-    if isinstance(factor, bool) or not 0 <= factor < math.inf:
-        raise ValueError(f"`{text}`: the factor must be non-negative and finite.")
+    if isinstance(factor, bool) or not 0 < factor < math.inf:
+        raise ValueError(f"`{text}`: the factor must be above 0 and finite.")
     return optax.chain(rule, optax.scale(float(factor)))
 
 
@@ -52,9 +52,11 @@ def _called(text: str, function: Any, arguments: str) -> optax.GradientTransform
     positional: list[Any] = []
     named: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in arguments.split(","))):
-        key, equals, value = part.partition("=")
+        key, equals, value = map(str.strip, part.partition("="))
+        if key in named:
+            raise ValueError(f"`{text}`: {key} is given twice.")
         if equals:
-            named[key.strip()] = _value(text, value)
+            named[key] = _value(text, value)
         elif named:
             raise ValueError(f"`{text}`: {part} stands behind an argument with a name.")
         else:

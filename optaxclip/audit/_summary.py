@@ -1,5 +1,6 @@
 """The summary of a log in words: what stands out, with its steps."""
 
+import collections
 from typing import NamedTuple
 
 import numpy as np
@@ -48,10 +49,14 @@ def headline(data: LogData) -> str:
     """The run in a sentence or two."""
     s = stats.statistics(data)
     scope = f"{text.count(s.steps, 'step')} ({s.first_step} to {s.last_step})"
-    return (
+    counts = (
         f"{scope}: {text.share(s.clipped_share)} clipped, "
-        f"{s.skipped:,} skipped, {s.nonfinite:,} not finite. "
-        f"Norm: median {text.number(s.median_norm)}, 95 % below "
+        f"{s.skipped:,} skipped, {s.nonfinite:,} not finite."
+    )
+    if s.nonfinite == s.steps:
+        return counts
+    return (
+        f"{counts} Norm: median {text.number(s.median_norm)}, 95 % below "
         f"{text.number(s.p95_norm)}, largest {text.number(s.largest_norm)} at step "
         f"{s.largest_norm_step}. Mean scale {s.mean_scale:.3f}."
     )
@@ -130,13 +135,17 @@ def _under_clipping(data: LogData) -> Finding | None:
     if not np.isfinite(data.threshold).any():
         detail = "The threshold was infinite throughout: the run was only measured."
         return Finding("notice", "Nothing was bounded", detail)
+    if s.largest_norm == 0:
+        detail = "There was nothing to clip, and nothing to learn from."
+        return Finding("problem", "Every norm is 0", detail)
     if s.clipped or not s.median_threshold > HEADROOM * s.median_norm:
         return None
+    above_median = s.median_threshold / s.median_norm if s.median_norm else np.inf
     detail = (
         f"No step was clipped: the threshold, {text.number(s.median_threshold)} in the "
-        f"median, is {text.number(s.median_threshold / s.median_norm)} times the "
-        f"median norm and {text.number(s.median_threshold / s.largest_norm)} times the "
-        "largest. A spike would pass."
+        f"median, is {text.number(above_median)} times the median norm and "
+        f"{text.number(s.median_threshold / s.largest_norm)} times the largest. A "
+        "spike would pass."
     )
     return Finding("notice", "Under-clipping: the threshold is out of reach", detail)
 
@@ -208,10 +217,12 @@ def _dominating_leaf(data: LogData) -> Finding | None:
         )
         return Finding("notice", "One leaf dominates", detail)
     leaders = [stats.dominating_leaf(data, row) for row in stats.spikes(data)]
-    leader = max(set(leaders), key=leaders.count, default="")
-    if len(leaders) < 3 or not leader or leaders.count(leader) < len(leaders) / 2:
+    if len(leaders) < 3:
         return None
-    detail = f"{leader} has the largest norm in {leaders.count(leader)} of them."
+    leader, times = collections.Counter(leaders).most_common(1)[0]
+    if not leader or times < len(leaders) / 2:
+        return None
+    detail = f"{leader} has the largest norm in {times:,} of them."
     return Finding("notice", f"One leaf leads in {len(leaders):,} spikes", detail)
 
 
