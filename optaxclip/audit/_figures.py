@@ -143,7 +143,7 @@ def draw_leaves(
     axes.tick_params(axis="y", length=0)
     axes.set_facecolor("0.85")  # where a bin holds no number
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(4 if _is_wide(axes) else 2, integer=True))
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{10**y:.3g}"))
     bar.set_label("leaf norm")
@@ -211,7 +211,7 @@ def _finish(axes: Axes, xlabel: str = "step") -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend(
         fontsize="small",
-        ncols=3,
+        ncols=3 if _is_wide(axes) else 2,
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
         frameon=False,
@@ -219,9 +219,14 @@ def _finish(axes: Axes, xlabel: str = "step") -> None:
     )
 
 
+def _is_wide(axes: Axes) -> bool:
+    figure = axes.get_figure(root=True)
+    return figure is None or figure.get_figwidth() > 6
+
+
 def _shortened(name: str, width: int) -> str:
-    """The two ends of a long name."""
+    """The two ends of a long name; the last words tell leaves apart."""
     if len(name) <= width:
         return name
-    head = (width - 1) // 2
+    head = (width - 1) // 4
     return f"{name[:head]}…{name[-(width - 1 - head) :]}"
