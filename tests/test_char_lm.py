@@ -91,7 +91,8 @@ def test_every_clip_meets_the_same_batches_and_holds_its_threshold(tmp_path):
     assert none["bad"].sum() == 1
     spike = none["before/grad_norm"][none["bad"] == 1]
     assert spike > 50 * np.median(none["before/grad_norm"])
-    np.testing.assert_array_equal(none["after/grad_norm"], none["before/grad_norm"])
+    gauges = none["after/grad_norm"], none["before/grad_norm"]
+    np.testing.assert_allclose(*gauges, rtol=1e-6)  # one of them from leaf norms
     assert none["clip/clip_count"][-1] == 0
     # The second gauge measures what the clip let through.
     assert (runs["global"]["after/grad_norm"] <= 1 + 1e-5).all()
