@@ -774,6 +774,12 @@ DAMAGED = {
     "a list for a number": ([HEAD, row(0), row(1, norm=[1.0])], 3, "a list in place"),
     "a list in a single row": ([HEAD, row(0, scale=[1, 1])], 2, "a list in"),
     "a huge step": ([HEAD, row(10**30), row(1)], 2, "no row of a log"),
+    "half a step": ([HEAD, row(0), row(1.5)], 3, "float64 in place of int64"),
+    "a word for a truth": (
+        [HEAD, row(0), row(1).replace("false", '"false"')],
+        3,
+        "in place of bool",
+    ),
     "an infinite step": ([HEAD, '{"step":1e400}', row(1)], 2, "no row of a log"),
     "a rewind to nowhere": (
         [HEAD, row(0), '{"rewound_to":null}', row(1)],
