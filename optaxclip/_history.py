@@ -172,7 +172,12 @@ def _select(which: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
 
 def _clip_row(before: PyTree, after: PyTree, clip: str | None) -> _Row | None:
     states = _states.named(after, ClipState)
-    if clip is None and len(states) < 2:
+    if len(states) < 2:
+        if clip is not None:
+            raise ValueError(
+                "`record_history(clip=...)` must be None where `inner` holds "
+                f"{'one clip' if states else 'no clip'}, got {clip!r}."
+            )
         names = list(states)
     else:
         names = [name for name in states if name == f"{clip}/"]

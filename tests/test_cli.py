@@ -500,3 +500,10 @@ def test_the_entry_point():
     module, _, name = project["scripts"]["optaxclip"].partition(":")
     assert getattr(importlib.import_module(module), name) is _cli.main
     assert project["optional-dependencies"]["audit"] == ["matplotlib"]
+
+
+def test_a_terminal_that_lacks_a_character(run_log):
+    argv = ["-m", "optaxclip", "suggest", run_log]
+    result = python(*argv, env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert rb"Ga\xefffas" in result.stdout

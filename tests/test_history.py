@@ -302,3 +302,9 @@ def test_a_loss_that_is_no_scalar():
 def test_nothing_to_record():
     with pytest.raises(ValueError, match="must hold a clip or a skip of optaxclip"):
         optaxclip.record_history(optax.sgd(1.0)).init(PARAMS)
+
+
+def test_there_is_nothing_to_choose_from_one_clip():
+    tx = optaxclip.record_history(clip_and_step(), 4, clip="main")
+    with pytest.raises(ValueError, match=r"must be None where .* one clip, got 'main'"):
+        tx.init(PARAMS)

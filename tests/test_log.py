@@ -407,6 +407,35 @@ def test_far_behind_what_the_last_drain_remembered(path):
     assert (len(data.step), data.rewritten) == (54, 50)
 
 
+def test_steps_that_were_missed_may_be_taken_back(path):
+    log = ClipLog(path)
+    log.update(recorder(8))
+    with pytest.warns(UserWarning, match="steps 8 to 31 are missing"):
+        log.update(recorder(40))
+    log.update(recorder(36))
+    assert (log.missed, read(path).missed) == (20, ((8, 27),))
+    log.update(recorder(8))
+    assert (log.missed, read(path).missed) == (0, ())
+
+
+def test_a_checkpoint_from_a_gap_fills_it_as_far_as_it_remembers(path):
+    log = ClipLog(path)
+    log.update(recorder(8))
+    with pytest.warns(UserWarning, match="steps 8 to 31 are missing"):
+        log.update(recorder(40))
+    assert log.update(recorder(20)) == 8
+    assert (log.missed, read(path).missed) == (4, ((8, 11),))
+    assert_run(read(path), 0, 12, 20)
+
+
+def test_a_gap_at_the_start_is_filled_too(path):
+    log = ClipLog(path)
+    with pytest.warns(UserWarning, match="steps 0 to 31 are missing"):
+        log.update(recorder(40))
+    assert log.update(recorder(35)) == 8
+    assert (log.missed, read(path).missed) == (27, ((0, 26),))
+
+
 def test_the_same_steps_again_are_not_written_twice(path):
     ClipLog(path).update(recorder(8))
     log = ClipLog(path)
@@ -594,6 +623,13 @@ def test_a_file_that_was_removed_meanwhile_begins_anew(path):
     assert_run(read(path), 0, 0, 6)
 
 
+def test_a_log_without_its_file_can_still_be_shown(path):
+    log = ClipLog(path)
+    log.update(recorder(8))
+    path.unlink()
+    assert repr(log) == f"ClipLog({str(path)!r}): the file is gone"
+
+
 def test_a_file_that_another_wrote_to_keeps_its_rows(path):
     log = ClipLog(path)
     log.update(recorder(4))
@@ -738,6 +774,12 @@ DAMAGED = {
     "a list for a number": ([HEAD, row(0), row(1, norm=[1.0])], 3, "a list in place"),
     "a list in a single row": ([HEAD, row(0, scale=[1, 1])], 2, "a list in"),
     "a huge step": ([HEAD, row(10**30), row(1)], 2, "no row of a log"),
+    "half a step": ([HEAD, row(0), row(1.5)], 3, "float64 in place of int64"),
+    "a word for a truth": (
+        [HEAD, row(0), row(1).replace("false", '"false"')],
+        3,
+        "in place of bool",
+    ),
     "an infinite step": ([HEAD, '{"step":1e400}', row(1)], 2, "no row of a log"),
     "a rewind to nowhere": (
         [HEAD, row(0), '{"rewound_to":null}', row(1)],

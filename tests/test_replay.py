@@ -324,6 +324,12 @@ def test_no_more_than_ten_times_the_mean():
     assert "Ten times the mean" in suggest(norms).fixed.reason
 
 
+def test_rounding_goes_to_no_more_than_ten_times_the_mean():
+    norms = np.where(np.arange(2000) % 19 == 0, 100.0, 1.0)  # ten times it: 14.77
+    assert fixed_threshold(norms) == 14.0
+    assert "9.5 times the mean" in suggest(norms).fixed.reason
+
+
 def test_the_suggested_texts_are_rules_and_settings():
     for norms in (lognormal(500), 1e-6 * lognormal(500), 1e6 * lognormal(500)):
         for suggestion in suggest(norms)[:2]:

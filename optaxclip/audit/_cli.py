@@ -1,6 +1,7 @@
 """The command line: `optaxclip report`, `replay`, `suggest` and `summary` of a log."""
 
 import argparse
+import io
 import json
 import os
 import re
@@ -199,6 +200,8 @@ def _summary(args: argparse.Namespace) -> str:
 
 
 def _print(text: str) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names have any character
     try:
         print(text, flush=True)
     except OSError as error:

@@ -68,6 +68,8 @@ def _ordered(count: int, history: Any) -> Rows:
 def first_difference(old: Any, new: Rows) -> int:
     """The first step of which the two tell different things, or the one behind all.
 
+    A gap of the old log is a difference where the recorder can fill it.
+
     Args:
       old: ``Rows`` or ``LogData``; its numbers may have been through a file.
       new: What the recorder says now.
@@ -78,7 +80,11 @@ def first_difference(old: Any, new: Rows) -> int:
         x, y = getattr(old, name)[i], getattr(new, name)[j]
         x = x.astype(y.dtype)  # which undoes the widening by the file
         same &= (x == y) | ((x != x) & (y != y))
-    return new.end if same.all() else int(new.step[j][~same][0])
+    differences = new.step[j][~same]
+    if len(old.step) and not isinstance(old, Rows):  # which have no gaps
+        filled = np.setdiff1d(new.step, old.step)
+        differences = np.append(differences, filled[filled < old.step[-1]])
+    return int(min(differences, default=new.end))
 
 
 def to_json(rows: Rows, start: int) -> list[str]:

@@ -219,6 +219,11 @@ def _column(values: list[Any], dtype: Any) -> np.ndarray:
     column = np.array(values, dtype)
     if column.ndim != 1:
         raise ValueError("a list in place of a number")
+    if dtype != np.float64 and values:
+        # NumPy makes 1 of a step 1.5, and true of the string "false".
+        found = np.array(values).dtype
+        if found.kind != column.dtype.kind:
+            raise ValueError(f"{found.name} in place of {column.dtype.name}")
     return column
 
 

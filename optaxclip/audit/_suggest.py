@@ -93,7 +93,9 @@ def _fixed(norms: np.ndarray) -> Suggestion:
     threshold = choices[origin]
     if threshold > 10 * mean:
         origin, threshold = "ten times the mean", 10 * mean
-    threshold = float(f"{threshold:.2g}")
+    rounded = float(f"{threshold:.2g}")
+    # Two digits, but not more than the ten times that are claimed.
+    threshold = rounded if rounded <= 10 * mean else float(f"{0.95 * threshold:.2g}")
     return Suggestion(
         setting=f"clip_by_global_norm({threshold})",
         rule=f"constant:{threshold}",

@@ -143,6 +143,8 @@ class ClipLog:
         name = f"ClipLog({str(self.path)!r})"
         if self._leaf_names is None:
             return f"{name}: nothing written"
+        if not self.path.exists():
+            return f"{name}: the file is gone"
         from optaxclip.audit import _summary
 
         return f"{name}\n{_summary.summary_text(self.read())}"
@@ -166,7 +168,7 @@ class ClipLog:
         self._written = data
         self._next = int(data.step[-1]) + 1 if len(data.step) else 0
         self._leaf_names = data.leaf_names
-        self.missed = sum(last - first + 1 for first, last in data.missed)
+        self.missed = _missed(data)
         self._rest = self._end < len(content)
         if not self._rest:
             self._lead = "" if content.endswith(b"\n") else "\n"
@@ -193,8 +195,10 @@ class ClipLog:
         if text:
             self._append(self._begin(rows.leaf_names) + text)
             self._leaf_names = rows.leaf_names
+        rewound = start < self._next
         self._next, self._written, self.unwritten = rows.end, rows, 0
-        self.missed += gap
+        # A step that was missed may have been taken back.
+        self.missed = _missed(self.read()) if rewound else self.missed + gap
         if gap:
             self._warn_of_gap(start, rows)
         return len(new)
@@ -242,6 +246,10 @@ class ClipLog:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=stacklevel)  # at the caller's line
+
+
+def _missed(data: LogData) -> int:
+    return sum(last - first + 1 for first, last in data.missed)
 
 
 def _size(path: Path) -> int:
