@@ -407,6 +407,19 @@ def test_far_behind_what_the_last_drain_remembered(path):
     assert (len(data.step), data.rewritten) == (54, 50)
 
 
+def test_a_rewind_further_than_the_recorder_remembers_is_said_to_be_unsure(path):
+    """Which of the steps before 44 were taken back, nobody can know."""
+    log = ClipLog(path)
+    for count in range(8, 49, 8):
+        log.update(recorder(count))
+    with pytest.warns(UserWarning, match="steps before 44 .* taken back"):
+        log.update(recorder(52, run=1))
+    data = read(path)
+    assert data.unsure_before == 44
+    assert_run(data, 1, 44, 52)
+    assert "before 44 may be" in repr(log)
+
+
 def test_steps_that_were_missed_may_be_taken_back(path):
     log = ClipLog(path)
     log.update(recorder(8))

@@ -29,6 +29,7 @@ class LogData:
     missed: tuple[tuple[int, int], ...] = ()  # first and last step of each gap
     rewritten: int = 0  # rows that a rewind or a later row of the step took back
     torn: int = 0  # incomplete lines that were dropped
+    unsure_before: int = 0  # earlier rows may be of a run that was taken back
 
     def to_pandas(self) -> Any:
         """The rows as a ``pandas.DataFrame`` with the steps as its index.

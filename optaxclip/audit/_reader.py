@@ -9,7 +9,7 @@ import numpy as np
 from optaxclip.audit._data import LogData
 from optaxclip.audit._head import FORMAT, HEAD
 
-MARKERS = ("missed", "resumed", "rewound_to", "torn")
+MARKERS = ("missed", "resumed", "rewound_to", "torn", "unsure_before")
 
 # Parsed as one JSON array, twice as fast as line by line; not all at once, for memory.
 _LINES_AT_ONCE = 20_000
@@ -113,7 +113,7 @@ class _Reading:
         self.count = 0  # rows, those taken back included
         self.rewinds: list[tuple[int, int]] = []  # rows before it, and its step
         self.resumed: list[Any] = []
-        self.torn = 0
+        self.torn = self.unsure_before = 0
 
     def add(self, lines: list[str], number: int) -> None:
         """Takes some lines, of which the first has this number in the file."""
@@ -164,6 +164,7 @@ class _Reading:
             elif "resumed" in item:
                 self.resumed.append(item["resumed"])
             self.torn += "torn" in item
+            self.unsure_before = max(self.unsure_before, item.get("unsure_before", 0))
 
     def finish(self, metadata: dict[str, Any], torn: int) -> LogData:
         """All rows that still count, in the order of their steps."""
@@ -182,6 +183,7 @@ class _Reading:
             missed=_gaps(rows["step"]),
             rewritten=self.count - len(place),
             torn=self.torn + torn,
+            unsure_before=self.unsure_before,
             **rows,
         )
 

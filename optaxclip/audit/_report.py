@@ -210,6 +210,7 @@ def _record(data: LogData) -> str:
         "steps missed": f"{lost:,} ({gaps}{more})" if lost else "0",
         "rows written again": f"{data.rewritten:,}",
         "torn lines dropped": f"{data.torn:,}",
+        "unsure before step": f"{data.unsure_before:,}",
         "clipped": f"{s.clipped:,} ({text.share(s.clipped_share)})",
         "skipped": f"{s.skipped:,} ({text.share(s.skipped / s.steps)})",
         "not finite": f"{s.nonfinite:,}",

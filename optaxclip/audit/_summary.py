@@ -247,6 +247,10 @@ def _record(data: LogData) -> Finding | None:
         )
     if data.torn:
         parts.append(f"{text.count(data.torn, 'torn line')} dropped")
+    if data.unsure_before:
+        parts.append(
+            f"steps before {data.unsure_before} may be of a run that was taken back"
+        )
     if not parts:
         return None
     return Finding("notice", "The record is not complete", f"{'; '.join(parts)}.")

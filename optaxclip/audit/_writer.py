@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from optaxclip.audit._data import LogData
 from optaxclip.audit._drain import Rows, drain, first_difference, to_json
@@ -187,6 +188,9 @@ class ClipLog:
             start = min(start, rows.end, first_difference(self._written, rows))
         if start < self._next:
             text += line({"rewound_to": start})
+        unsure = start == rows.first and self._holds(start - 1, start)
+        if unsure:  # its oldest row is another: those before may have been, too
+            text += line({"unsure_before": start})
         gap = max(0, rows.first - start)
         if gap:
             text += line({"missed": [start, rows.first - 1]})
@@ -201,7 +205,18 @@ class ClipLog:
         self.missed = _missed(self.read()) if rewound else self.missed + gap
         if gap:
             self._warn_of_gap(start, rows)
+        if unsure:
+            self._warn_once(
+                "unsure",
+                f"`ClipLog.update`: steps before {start} in {self.path} may be of a "
+                "run that was taken back: the recorder does not reach back to where "
+                "this one left it. Update the log right after restoring a checkpoint.",
+                stacklevel=4,
+            )
         return len(new)
+
+    def _holds(self, *steps: int) -> bool:
+        return self._written is not None and all(np.isin(steps, self._written.step))
 
     def _begin(self, leaf_names: tuple[str, ...]) -> str:
         """The first line of a file, or what is to be said of its going on."""
