@@ -7,6 +7,7 @@ from optaxclip.audit._data import LogData as LogData
 from optaxclip.audit._reader import read as read
 from optaxclip.audit._replay import Replay as Replay
 from optaxclip.audit._replay import replay as replay
+from optaxclip.audit._report import report as report
 from optaxclip.audit._rule_text import parse_rule as parse_rule
 from optaxclip.audit._suggest import Suggestion as Suggestion
 from optaxclip.audit._suggest import Suggestions as Suggestions

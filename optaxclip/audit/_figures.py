@@ -211,7 +211,7 @@ def _finish(axes: Axes, xlabel: str = "step") -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend(
         fontsize="small",
-        ncols=3,
+        ncols=3 if axes.figure.get_figwidth() > 6 else 2,
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
         frameon=False,
