@@ -29,6 +29,7 @@ def findings(data: LogData) -> list[Finding]:
     stats.statistics(data)
     checks = [
         _nonfinite,
+        _zero,
         _skipping,
         _over_clipping,
         _under_clipping,
@@ -89,6 +90,13 @@ def _nonfinite(data: LogData) -> Finding | None:
     return Finding("problem", title, detail)
 
 
+def _zero(data: LogData) -> Finding | None:
+    if stats.statistics(data).largest_norm != 0:
+        return None
+    detail = "Nothing was learnt: no gradient reached the clip."
+    return Finding("problem", "Every norm was 0", detail)
+
+
 def _skipping(data: LogData) -> Finding | None:
     start, length = longest_streak(data.skipped)
     if length < 10:
@@ -130,7 +138,7 @@ def _under_clipping(data: LogData) -> Finding | None:
     if not np.isfinite(data.threshold).any():
         detail = "The threshold was infinite throughout: the run was only measured."
         return Finding("notice", "Nothing was bounded", detail)
-    if s.clipped or not s.median_threshold > HEADROOM * s.median_norm:
+    if s.clipped or not s.median_threshold > HEADROOM * s.median_norm > 0:
         return None
     detail = (
         f"No step was clipped: the threshold, {text.number(s.median_threshold)} in the "
