@@ -43,7 +43,7 @@ def first_line(leaf_names=(), **changes):
 def row(step, norm, threshold=1.0, **more):
     """One step of a clip: scale and flags follow from norm and threshold."""
     finite = math.isfinite(norm)
-    scale = min(1.0, threshold / norm) if finite and norm else 1.0 if finite else norm
+    scale = norm if math.isnan(norm) else 1.0 if norm <= threshold else threshold / norm
     return {
         "step": step,
         "norm": number(norm),

@@ -216,7 +216,7 @@ FINDINGS = {
         "is 100 times the median norm and 97.2 times the largest",
     ),
     "unbounded": (finding(STEADY, np.inf), "notice", "Nothing was bounded", "infinite"),
-    "zeros": (finding(np.zeros(400), 1.0), "problem", "Every norm is 0", "nothing"),
+    "zeros": (finding(np.zeros(400), 1.0), "problem", "Every norm was 0", "learnt"),
     "mostly zeros": (
         finding(np.where(np.arange(400) % 4, 0, STEADY), 2.0),
         "notice",

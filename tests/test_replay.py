@@ -307,7 +307,7 @@ def test_twice_the_median_if_that_is_above_the_95th_percentile():
     assert fixed_threshold(norms) == float(f"{2 * np.median(norms):.2g}")
     assert fixed.setting == "clip_by_global_norm(2.0)"
     assert "Twice the median" in fixed.reason
-    assert f"it clips {np.mean(norms > 2.0):.1%}" in fixed.reason
+    assert f"it clips {100 * np.mean(norms > 2.0):.1f} %" in fixed.reason
     assert percentile.setting == "clip_by_percentile(95, window=100)"
     assert remarks == ()
 

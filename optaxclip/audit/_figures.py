@@ -138,14 +138,21 @@ def draw_leaves(
         cmap="cividis",
         extent=(data.step[0], max(data.step[-1], data.step[0] + 1), len(leaves), 0),
     )
+    narrow = _is_narrow(axes)
     names = [_shortened(data.leaf_names[leaf], name_width) for leaf in leaves]
-    axes.set_yticks(np.arange(len(leaves)) + 0.5, names, fontsize="small")
+    if narrow:
+        names = [_two_lines(name) for name in names]
+    # A name is no formula, whatever dollars it has.
+    style = {"fontsize": "small", "parse_math": False}
+    axes.set_yticks(np.arange(len(leaves)) + 0.5, names, **style)
     axes.tick_params(axis="y", length=0)
     axes.set_facecolor("0.85")  # where a bin holds no number
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(4 if _is_wide(axes) else 2, integer=True))
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{10**y:.3g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(3 if narrow else 4, integer=True))
+    side = {"location": "bottom" if narrow else "right", "pad": 0.02, "aspect": 30}
+    ticks = MaxNLocator(4 if narrow else 8)
+    text = FuncFormatter(lambda y, _: f"{10**y:.3g}")
+    bar = axes.figure.colorbar(image, ax=axes, ticks=ticks, format=text, **side)
     bar.set_label("leaf norm")
     return image
 
@@ -211,7 +218,7 @@ def _finish(axes: Axes, xlabel: str = "step") -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend(
         fontsize="small",
-        ncols=3 if _is_wide(axes) else 2,
+        ncols=2 if _is_narrow(axes) else 3,
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
         frameon=False,
@@ -219,9 +226,22 @@ def _finish(axes: Axes, xlabel: str = "step") -> None:
     )
 
 
-def _is_wide(axes: Axes) -> bool:
+def _is_narrow(axes: Axes) -> bool:
+    """Whether the figure is as wide as a phone rather than a page."""
     figure = axes.get_figure(root=True)
-    return figure is None or figure.get_figwidth() > 6
+    return figure is not None and figure.get_figwidth() < 6
+
+
+def _two_lines(name: str, width: int = 20) -> str:
+    """A name that is longer broken at the slash, or else the place, in its middle."""
+    if len(name) <= width:
+        return name
+    middle = len(name) // 2
+    slashes = [place + 1 for place, letter in enumerate(name[:-1]) if letter == "/"]
+    place = min(slashes, key=lambda place: abs(place - middle), default=middle)
+    if max(place, len(name) - place) > len(name) * 0.7:
+        place = middle
+    return f"{name[:place]}\n{name[place:]}"
 
 
 def _shortened(name: str, width: int) -> str:

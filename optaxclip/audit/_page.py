@@ -16,7 +16,9 @@ class Section(NamedTuple):
 
 def document(title: str, lead: str, sections: Sequence[Section], foot: str) -> str:
     """The whole page; ``lead`` and the bodies are HTML, ``title`` and ``foot`` text."""
-    links = _list(f'<a href="#{s.id}">{escape(s.title)}</a>' for s in sections)
+    links = "".join(
+        f'<li><a href="#{s.id}">{escape(s.title)}</a></li>' for s in sections
+    )
     parts = "\n".join(
         f'<section aria-labelledby="{s.id}">\n<h2 id="{s.id}">{escape(s.title)}</h2>\n'
         f"{s.body}\n</section>"
@@ -38,7 +40,7 @@ def document(title: str, lead: str, sections: Sequence[Section], foot: str) -> s
 <h1>{escape(title)}</h1>
 {lead}
 </header>
-<nav aria-label="Sections">{links}</nav>
+<nav aria-label="Sections"><ul>{links}</ul></nav>
 <main>
 {parts}
 </main>
@@ -55,7 +57,7 @@ def paragraph(text: str) -> str:
 
 def items(texts: Iterable[str]) -> str:
     """A list of plain texts."""
-    return _list(map(escape, texts))
+    return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>"
 
 
 def finding(level: str, title: str, detail: str) -> str:
@@ -77,6 +79,7 @@ def picture(wide: bytes, narrow: bytes, alt: str, title: str, caption: str) -> s
 
 
 def table(
+    name: str,
     caption: str,
     header: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -84,17 +87,18 @@ def table(
 ) -> str:
     """A table in a box that scrolls by itself; its first column heads the rows.
 
-    Columns hold numbers and are set flush right, except the first and ``texts``.
+    Columns hold numbers and are set flush right, except the first and ``texts``. The
+    caption stands outside of the box, or a phone would show the half of it.
     """
     kinds = ["text" if i in (0, *texts) else "number" for i in range(len(header))]
     columns = list(zip(kinds, header, strict=True))
     heads = "".join(f'<th scope="col" class="{k}">{escape(h)}</th>' for k, h in columns)
     body = "\n".join(f"<tr>{_cells(kinds, row)}</tr>" for row in rows)
     return (
-        '<div class="scroll" role="region" tabindex="0" '
-        f'aria-label="{escape(caption)}">'
-        f"\n<table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{heads}</tr>"
-        f"</thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>"
+        f'<p class="caption" id="{name}">{escape(caption)}</p>\n'
+        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}">\n'
+        f'<table aria-labelledby="{name}">\n<thead><tr>{heads}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table>\n</div>"
     )
 
 
@@ -104,10 +108,6 @@ def _cells(kinds: Sequence[str], row: Sequence[str]) -> str:
     for kind, cell in zip(kinds[1:], others, strict=True):
         cells.append(f'<td class="{kind}">{escape(cell)}</td>')
     return "".join(cells)
-
-
-def _list(parts: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{part}</li>' for part in parts)}</ul>"
 
 
 def _uri(svg: bytes) -> str:
@@ -128,11 +128,14 @@ body {
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.5rem 0; }
 h2 { font-size: 1.35rem; margin: 2.2rem 0 0.6rem; border-bottom: 2px solid #d0d7de; }
 h3 { font-size: 1.05rem; margin: 1.4rem 0 0.3rem; }
-p { margin: 0.3rem 0 0.7rem; max-width: 46rem; }
+p { margin: 0.3rem 0 0.7rem; }
+p, main li { max-width: 46rem; }
+main .finding, .finding p { max-width: none; }
 a { color: #0a4a82; }
 code { font: 0.92em ui-monospace, Menlo, Consolas, monospace; background: #f0f2f4;
   padding: 0.05em 0.3em; border-radius: 3px; }
-header p, footer p, figcaption, caption { color: #444; }
+header ul { list-style: none; margin: 0.4rem 0; padding: 0; }
+header li, footer p, figcaption, .caption { color: #444; }
 nav ul { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; list-style: none;
   margin: 0.6rem 0; padding: 0; }
 nav a { display: inline-block; padding: 0.3rem 0; }
@@ -151,8 +154,8 @@ nav a { display: inline-block; padding: 0.3rem 0; }
 .fine .level { background: #00573f; }
 figure { margin: 0.4rem 0 1.6rem; }
 img { display: block; width: 100%; height: auto; }
-figcaption, caption { font-size: 0.92rem; text-align: left; }
-caption { padding: 0 0 0.4rem; }
+figcaption, .caption { font-size: 0.92rem; max-width: 46rem; }
+.caption { margin-top: 1.2rem; }
 .scroll { overflow-x: auto; margin: 0.4rem 0 1.6rem; }
 table { border-collapse: collapse; font-size: 0.95rem; overflow-wrap: normal;
   font-variant-numeric: tabular-nums; }
@@ -161,14 +164,15 @@ th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #d0d7de; text-align: r
 thead th { background: #f0f2f4; }
 th[scope="row"] { font-weight: 600; }
 .text, th[scope="row"] { text-align: left; }
-.record td { white-space: normal; overflow-wrap: anywhere; min-width: 11rem;
-  text-align: left; }
+.record td, .record th[scope="row"] { white-space: normal; }
+.record td { overflow-wrap: anywhere; min-width: 8rem; }
 footer { margin-top: 2rem; border-top: 1px solid #d0d7de; font-size: 0.92rem; }
 @media (max-width: 640px) {
   body { padding: 0.75rem; }
   h1 { font-size: 1.4rem; }
   table { font-size: 0.9rem; }
   th, td { padding: 0.3rem 0.5rem; }
+  th[scope="row"] { white-space: normal; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
@@ -178,7 +182,7 @@ footer { margin-top: 2rem; border-top: 1px solid #d0d7de; font-size: 0.92rem; }
   th, td { white-space: normal; padding: 0.2rem 0.4rem; }
   thead { display: table-header-group; }
   tr, figure, .finding { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, .caption { break-after: avoid; }
   .finding, .level, thead th { print-color-adjust: exact;
     -webkit-print-color-adjust: exact; }
 }

@@ -1,6 +1,7 @@
-"""The plots of a report: SVG in two widths, with captions, and texts for the blind."""
+"""The plots of a report: SVG in two widths, each with a caption and a text for it."""
 
 import io
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -107,13 +108,10 @@ def _leaves(data: LogData) -> str:
         f"The largest norm in each stretch of steps, for {shown}, by median norm. "
         "The brighter, the larger; grey where no norm was finite."
     )
-    height = 1.1 + 0.22 * len(names)
-    draws = [
-        partial(figures.draw_leaves, most=300),
-        partial(figures.draw_leaves, most=100, name_width=16),
-    ]
+    draws = [figures.draw_leaves, partial(figures.draw_leaves, most=150)]
+    heights = 1.1 + 0.22 * len(names), 1.5 + 0.3 * len(names)
     return page.picture(
-        *_drawn(data, (height, height), *draws), alt, "Norms of the leaves", caption
+        *_drawn(data, heights, *draws), alt, "Norms of the leaves", caption
     )
 
 
@@ -144,7 +142,7 @@ def _decimation(data: LogData) -> str:
         return "Every step is drawn."
     return (
         f"The line is the median of every {size:,} steps (twice as many on a phone), "
-        "the band reaches from the least to the largest: no extreme is left out."
+        "the band reaches from their least to their largest: no extreme is left out."
     )
 
 
@@ -159,7 +157,10 @@ def _drawn(
 
 def _svg(data: LogData, size: tuple[float, float], draw: Draw) -> bytes:
     # Not in the style of the notebook it may be called from, and the same every time.
-    with matplotlib.style.context(["default", {"svg.hashsalt": "optaxclip"}]):
+    style = ["default", {"svg.hashsalt": "optaxclip"}]
+    with matplotlib.style.context(style), warnings.catch_warnings():
+        # A letter of a leaf's name that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots(), data)
         buffer = io.BytesIO()

@@ -117,7 +117,7 @@ def _lead(metadata: dict[str, Any]) -> str:
         "device": (metadata.get("device") or {}).get("kind"),
     }
     known = [f"{name}: {value}" for name, value in parts.items() if value]
-    return page.paragraph("; ".join(known)) if known else ""
+    return page.items(known) if known else ""
 
 
 def _summary(data: LogData) -> str:
@@ -135,18 +135,27 @@ def _events(data: LogData) -> str:
     bad = stats.nonfinite_events(data, EVENTS)
     total = int(np.sum(~np.isfinite(data.norm)))
     parts = []
-    for caption, events in [
+    for name, caption, events in [
         (
+            "largest",
             "The norms that were largest in comparison with the usual norm of their "
             "time, the median around them.",
             stats.largest_events(data, EVENTS),
         ),
-        (f"Steps that were not finite: the first {len(bad)} of {total:,}.", bad),
+        (
+            "nonfinite",
+            f"Steps that were not finite: {_first(len(bad), total)}.",
+            bad,
+        ),
     ]:
         if events:
             rows = [_event(event, len(header)) for event in events]
-            parts.append(page.table(caption, header, rows, texts=(5, 6)))
+            parts.append(page.table(name, caption, header, rows, texts=(5, 6)))
     return "\n".join(parts) or page.paragraph("Every norm was 0.")
+
+
+def _first(shown: int, total: int) -> str:
+    return f"all {total:,}" if shown == total else f"the first {shown} of {total:,}"
 
 
 def _event(event: stats.Event, columns: int) -> list[str]:
@@ -183,7 +192,7 @@ def _replays(data: LogData, suggestions: Suggestions | None) -> str:
         "become under another rule: it tells of spikes, and of how a rule adapts."
     )
     rows = [cells(row) for row in (recorded, *outcomes)]
-    return page.table(caption, HEADER, rows) + "\n" + page.paragraph(note)
+    return page.table("replays", caption, HEADER, rows) + "\n" + page.paragraph(note)
 
 
 def _advice(suggestions: Suggestions | None) -> str:
@@ -222,9 +231,16 @@ def _record(data: LogData) -> str:
         "norm, largest": f"{text.number(s.largest_norm)} at step {s.largest_norm_step}",
         "threshold, median": text.number(s.median_threshold),
     }
-    numbers = page.table("The run in numbers.", ("", "value"), rows.items())
-    entries = list(_flat(data.metadata))
-    settings = page.table("What the log says of the run.", ("", "value"), entries)
+    numbers = page.table(
+        "numbers", "The run in numbers.", ("what", "value"), rows.items(), texts=(1,)
+    )
+    settings = page.table(
+        "settings",
+        "What the log says of the run.",
+        ("entry", "value"),
+        _flat(data.metadata),
+        texts=(1,),
+    )
     return f'<div class="record">\n{numbers}\n{settings}\n</div>'
 
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optaxclip.audit import _text as text
 from optaxclip.audit._replay import checked
 
 SHORT = 200  # norms; of fewer, the 95th percentile rests on less than ten
@@ -103,7 +104,7 @@ def _fixed(norms: np.ndarray) -> Suggestion:
             f"{origin.capitalize()}, {threshold / mean:.1f} times the mean norm of "
             f"{mean:.3g} (without its spikes), within the 0.5 to 10 times that Pascanu "
             f"et al. (2013) found to work; of this run it clips "
-            f"{np.mean(norms > threshold):.1%}."
+            f"{text.share(float(np.mean(norms > threshold)))}."
         ),
     )
 

@@ -30,6 +30,7 @@ def findings(data: LogData) -> list[Finding]:
     stats.statistics(data)
     checks = [
         _nonfinite,
+        _zero,
         _skipping,
         _over_clipping,
         _under_clipping,
@@ -94,6 +95,13 @@ def _nonfinite(data: LogData) -> Finding | None:
     return Finding("problem", title, detail)
 
 
+def _zero(data: LogData) -> Finding | None:
+    if stats.statistics(data).largest_norm != 0:
+        return None
+    detail = "Nothing was learnt: no gradient reached the clip."
+    return Finding("problem", "Every norm was 0", detail)
+
+
 def _skipping(data: LogData) -> Finding | None:
     start, length = longest_streak(data.skipped)
     if length < 10:
@@ -135,10 +143,9 @@ def _under_clipping(data: LogData) -> Finding | None:
     if not np.isfinite(data.threshold).any():
         detail = "The threshold was infinite throughout: the run was only measured."
         return Finding("notice", "Nothing was bounded", detail)
-    if s.largest_norm == 0:
-        detail = "There was nothing to clip, and nothing to learn from."
-        return Finding("problem", "Every norm is 0", detail)
-    if s.clipped or not s.median_threshold > HEADROOM * s.median_norm:
+    if not s.largest_norm or s.clipped:
+        return None
+    if not s.median_threshold > HEADROOM * s.median_norm:
         return None
     above_median = s.median_threshold / s.median_norm if s.median_norm else np.inf
     detail = (
