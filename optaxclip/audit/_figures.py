@@ -148,7 +148,7 @@ def draw_leaves(
     axes.tick_params(axis="y", length=0)
     axes.set_facecolor("0.85")  # where a bin holds no number
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(3 if narrow else 4, integer=True))
+    _step_ticks(axes)
     side = {"location": "bottom" if narrow else "right", "pad": 0.02, "aspect": 30}
     ticks = MaxNLocator(4 if narrow else 8)
     text = FuncFormatter(lambda y, _: f"{10**y:.3g}")
@@ -215,7 +215,7 @@ def _finish(axes: Axes, xlabel: str = "step") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if xlabel == "step":
         axes.margins(x=0.01)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _step_ticks(axes)
     axes.legend(
         fontsize="small",
         ncols=2 if _is_narrow(axes) else 3,
@@ -224,6 +224,14 @@ def _finish(axes: Axes, xlabel: str = "step") -> None:
         frameon=False,
         borderaxespad=0.2,
     )
+
+
+def _step_ticks(axes: Axes) -> None:
+    """Steps as the log writes them, never as 0.5 of 1e6."""
+    axes.xaxis.set_major_locator(
+        MaxNLocator(3 if _is_narrow(axes) else 5, integer=True)
+    )
+    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
 
 
 def _is_narrow(axes: Axes) -> bool:
