@@ -4,8 +4,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 
 from optaxclip.audit import _statistics as stats
 from optaxclip.audit._data import LogData
@@ -120,6 +127,7 @@ def draw_histogram(axes: Axes, data: LogData) -> None:
             axes.axvspan(first, last, color=CLIPPED, alpha=0.25, lw=0)
         axes.axvline(middle, c=CLIPPED, lw=2.2, label="threshold")
     axes.set(xscale="log", yscale="log", xlabel="gradient norm", ylabel="steps")
+    _log_ticks(axes.xaxis, norms.max() / norms.min())
     _finish(axes, xlabel="gradient norm")
 
 
@@ -232,6 +240,14 @@ def _step_ticks(axes: Axes) -> None:
         MaxNLocator(3 if _is_narrow(axes) else 5, integer=True)
     )
     axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+
+
+def _log_ticks(axis: Axis, span: float) -> None:
+    """Ticks that do not run into each other where norms span a decade or two."""
+    if span < 30:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _is_narrow(axes: Axes) -> bool:
