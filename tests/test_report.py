@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import functools
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -13,10 +14,12 @@ import subprocess
 import logs
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from optaxclip.audit import LogData, _report, compare, parse_rule, read, report, suggest
 from optaxclip.audit import _statistics as stats
 from optaxclip.audit._compare import cells, outcome
+from optaxclip.audit._figures import draw_histogram
 from optaxclip.audit._text import number
 
 VOID = {"meta", "link", "img", "source", "br"}
@@ -391,3 +394,22 @@ def test_the_page_lets_no_script_run(long_run, tmp_path):
     dom, messages = in_browser(copy, tmp_path, 400)
     assert "<title>Gradient clipping report</title>" in dom
     assert "CONSOLE" in messages  # so that its absence above means something
+
+
+@pytest.mark.parametrize("width", [3.8, 9.2])
+@pytest.mark.parametrize("span", [1, 1.3, 8, 29, 31, 1e3, 1e8])
+def test_the_labels_of_the_histogram_do_not_overlap(span, width):
+    figure = Figure(figsize=(width, 3.4), layout="constrained")
+    axes = figure.subplots()
+    draw_histogram(axes, log(np.geomspace(0.13, 0.13 * span, 200)))
+    figure.draw_without_rendering()
+    labels = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
+    low, high = axes.get_xlim()
+    boxes = [
+        label.get_window_extent()
+        for label in labels
+        if label.get_text() and low <= label.get_position()[0] <= high
+    ]
+    boxes.sort(key=lambda box: box.x0)
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert len(boxes) >= (span > 3)

@@ -4,8 +4,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 
 from optaxclip.audit import _statistics as stats
 from optaxclip.audit._data import LogData
@@ -120,6 +127,7 @@ def draw_histogram(axes: Axes, data: LogData) -> None:
             axes.axvspan(first, last, color=CLIPPED, alpha=0.25, lw=0)
         axes.axvline(middle, c=CLIPPED, lw=2.2, label="threshold")
     axes.set(xscale="log", yscale="log", xlabel="gradient norm", ylabel="steps")
+    _log_ticks(axes.xaxis, norms.max() / norms.min())
     _finish(axes, xlabel="gradient norm")
 
 
@@ -148,7 +156,7 @@ def draw_leaves(
     axes.tick_params(axis="y", length=0)
     axes.set_facecolor("0.85")  # where a bin holds no number
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(3 if narrow else 4, integer=True))
+    _step_ticks(axes)
     side = {"location": "bottom" if narrow else "right", "pad": 0.02, "aspect": 30}
     ticks = MaxNLocator(4 if narrow else 8)
     text = FuncFormatter(lambda y, _: f"{10**y:.3g}")
@@ -215,7 +223,7 @@ def _finish(axes: Axes, xlabel: str = "step") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if xlabel == "step":
         axes.margins(x=0.01)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _step_ticks(axes)
     axes.legend(
         fontsize="small",
         ncols=2 if _is_narrow(axes) else 3,
@@ -224,6 +232,22 @@ def _finish(axes: Axes, xlabel: str = "step") -> None:
         frameon=False,
         borderaxespad=0.2,
     )
+
+
+def _step_ticks(axes: Axes) -> None:
+    """Steps as the log writes them, never as 0.5 of 1e6."""
+    axes.xaxis.set_major_locator(
+        MaxNLocator(3 if _is_narrow(axes) else 5, integer=True)
+    )
+    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+
+
+def _log_ticks(axis: Axis, span: float) -> None:
+    """Ticks that do not run into each other where norms span a decade or two."""
+    if span < 30:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _is_narrow(axes: Axes) -> bool:

@@ -175,7 +175,8 @@ footer { margin-top: 2rem; border-top: 1px solid #d0d7de; font-size: 0.92rem; }
   th[scope="row"] { white-space: normal; }
 }
 @media print {
-  body { max-width: none; padding: 0; font-size: 10pt; }
+  html { font-size: 10pt; }
+  body { max-width: none; padding: 0; }
   nav { display: none; }
   .scroll { overflow: visible; }
   table { font-size: 8.5pt; }

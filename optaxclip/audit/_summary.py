@@ -87,7 +87,8 @@ def _nonfinite(data: LogData) -> Finding | None:
     title = f"{text.count(int(bad.sum()), 'step')} with a norm of NaN or infinity"
     where = text.steps(data.step[bad]).capitalize()
     if not passed.any():
-        return Finding("notice", title, f"{where}. All were skipped.")
+        all_of_them = "It was" if bad.sum() == 1 else "All were"
+        return Finding("notice", title, f"{where}. {all_of_them} skipped.")
     detail = (
         f"{where}. {int(passed.sum()):,} of them went on to the optimizer, first step "
         f"{data.step[passed][0]}: wrap it in skip_nonfinite."
