@@ -170,8 +170,9 @@ def _separate_sums(
 def _sums(leaves: Arrays, axes: Sequence[Axes], unit: jax.Array) -> Iterator[jax.Array]:
     """The sum of the squares of ``leaf * unit`` over ``axis``, for every leaf."""
     for leaf, axis in zip(leaves, axes, strict=True):
-        # Without a barrier, leaves of one shape would share one array full of `unit`.
-        unit = lax.optimization_barrier(unit)
+        # Without a barrier, leaves of one shape would share one array full of `unit`,
+        # and a widened copy of each leaf would be made before the loop.
+        leaf, unit = lax.optimization_barrier((leaf, unit))
         wide = _gradients.widen(leaf, unit.dtype)
         square = lax.square(wide.real * unit)
         if jnp.iscomplexobj(wide):

@@ -91,10 +91,22 @@ def test_optax_is_what_the_budget_was_set_against():
     assert temporary > 0.9
 
 
-def test_bfloat16_is_no_worse_than_optax():
-    ours, theirs = cost("optaxclip", jnp.bfloat16), cost("optax", jnp.bfloat16)
-    assert ours[0] <= 1.005 * theirs[0]
-    assert ours[1] <= 1.005 * theirs[1]
+@pytest.mark.parametrize("name", ["optaxclip", "leaf", "percentile"])
+def test_bfloat16_costs_less_than_optax(name):
+    """Less of a copy in float32, which XLA for CPU makes for AdamW and the clip."""
+    ours, theirs = cost(name, jnp.bfloat16), cost("optax", jnp.bfloat16)
+    assert ours[0] <= 0.85 * theirs[0]
+    assert ours[1] <= 0.6 * theirs[1]
+
+
+@pytest.mark.parametrize("norm", [optaxclip.global_norm, optaxclip.leaf_norm])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_norm_is_one_read_and_no_copy(norm, dtype):
+    params = gpt_like(dtype)
+    grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    program = jax.jit(norm).lower(params).compile()
+    assert program.cost_analysis()["bytes accessed"] <= 1.02 * grad_bytes
+    assert program.memory_analysis().temp_size_in_bytes <= 0.02 * grad_bytes
 
 
 def test_a_thousand_leaves_compile_to_no_more_than_optax():
