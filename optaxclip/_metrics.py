@@ -134,6 +134,7 @@ def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
 
 
 def of_skip(state: SkipState) -> dict[str, jax.Array]:
+    """What a skip looked at, and how often it skipped."""
     metrics = (jax.tree.leaves(tree) for tree in state.skip_metrics)
     worst = _worst(_stacked([_worst(_Row(*row)) for row in zip(*metrics, strict=True)]))
     return {
@@ -150,6 +151,7 @@ def _of_loss_scale(state: LossScaleState) -> dict[str, jax.Array]:
 
 
 def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
+    """What a clip did, by its worst norm, and if asked by leaf."""
     norms, thresholds, _ = state.clip_metrics
     paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(norms)
     paths = [path for path, _ in paths_and_norms]

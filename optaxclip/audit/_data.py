@@ -16,7 +16,7 @@ class LogData:
     decimals of theirs, 0.1 for instance: ``astype(np.float32)`` gives the same bits.
     """
 
-    metadata: dict[str, Any]  # the first line of the log; later sessions: "resumed"
+    metadata: dict[str, Any]  # the first line of the log; later runs: "resumed"
     step: np.ndarray  # int64, counted from 0
     norm: np.ndarray  # float64, before clipping; NaN or infinite on a bad step
     threshold: np.ndarray  # float64, infinite where nothing bounds
