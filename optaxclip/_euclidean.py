@@ -172,11 +172,11 @@ def _sums(leaves: Arrays, axes: Sequence[Axes], unit: jax.Array) -> Iterator[jax
     for leaf, axis in zip(leaves, axes, strict=True):
         # Without a barrier, leaves of one shape would share one array full of `unit`,
         # and a widened copy of each leaf would be made before the loop.
-        leaf, unit = lax.optimization_barrier((leaf, unit))
-        wide = _gradients.widen(leaf, unit.dtype)
-        square = lax.square(wide.real * unit)
+        leaf, factor = lax.optimization_barrier((leaf, unit))
+        wide = _gradients.widen(leaf, factor.dtype)
+        square = lax.square(wide.real * factor)
         if jnp.iscomplexobj(wide):
-            square += lax.square(wide.imag * unit)
+            square += lax.square(wide.imag * factor)
         yield jnp.sum(square, axis=axis, keepdims=axis is not None)
 
 

@@ -109,8 +109,8 @@ def test_a_norm_is_one_read_and_no_copy(norm, dtype):
     assert program.memory_analysis().temp_size_in_bytes <= 0.02 * grad_bytes
 
 
-def test_a_thousand_leaves_compile_to_no_more_than_optax():
-    params = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(1000)}
+def test_many_leaves_compile_to_no_more_than_optax():
+    params = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(300)}
 
     def size(clip):
         with jax.numpy_dtype_promotion("standard"):

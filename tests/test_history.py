@@ -117,8 +117,7 @@ def test_the_loss_is_recorded_and_a_step_skipped_for_it_keeps_its_norm():
     assert history.history_threshold[1] == 50
 
 
-@pytest.mark.parametrize("length", [2, 10])
-@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize(("where", "length"), [("inside", 10), ("outside", 2)])
 def test_micro_batches_are_no_steps(where, length):
     """Nor do they overwrite the oldest row of a full buffer."""
 
@@ -247,7 +246,6 @@ def test_on_a_mesh_it_records_what_one_device_would(where):
 CLIPS = {
     "global": optaxclip.clip_by_global_norm(1.0),
     "leaf": optaxclip.clip_by_leaf_norm(1.0),
-    "percentile": optaxclip.clip_by_percentile(95),
 }
 
 
