@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from optaxclip import _gradients, _mesh
-from optaxclip._norms import global_norm, leaf_norm
+from optaxclip._norms import global_norm, leaf_norm, leaf_rms, unit_norm
 
 PyTree = Any
 Norm = Callable[[PyTree], PyTree]
@@ -59,7 +59,11 @@ def handing_over(norm: Norm, gradients: PyTree, norms: PyTree) -> Iterator[None]
     """Within it these norms are known."""
     token = _known.set((_Known(norm, gradients, norms), *_known.get()))
     try:
-        with _mesh.around(_parts(norm)[1]):
+        with (
+            _mesh.taken_as_whole()
+            if _takes_as_whole(norm)
+            else contextlib.nullcontext()
+        ):
             yield
     finally:
         _known.reset(token)
@@ -68,6 +72,14 @@ def handing_over(norm: Norm, gradients: PyTree, norms: PyTree) -> Iterator[None]
 def _are_same(tree: PyTree, other: PyTree) -> bool:
     (leaves, treedef), (others, other_treedef) = map(jax.tree.flatten, (tree, other))
     return treedef == other_treedef and all(map(operator.is_, leaves, others))
+
+
+def _takes_as_whole(norm: Norm) -> bool:
+    """Whether a norm is known to; of a function of the user's own nothing is known."""
+    is_partial = isinstance(norm, functools.partial)
+    function, given = (norm.func, norm.keywords) if is_partial else (norm, {})
+    is_ours = function in (global_norm, leaf_norm, leaf_rms, unit_norm)
+    return is_ours and given.get("axis_name", ()) in (None, ())
 
 
 def _parts(norm: Norm) -> tuple[Norm, _mesh.AxisName]:

@@ -40,16 +40,13 @@ def warned() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def around(axis_name: AxisName) -> Iterator[None]:
-    """Within a transformation that has measured the gradients by this ``axis_name``.
+def taken_as_whole() -> Iterator[None]:
+    """Within a transformation that took all leaves as whole, and warned of it.
 
-    If it took all leaves as whole, it has warned, and shares are a contradiction: what
-    is inside a skip would wait for devices that skip.
+    Shares are a contradiction then: what is inside a skip would wait for devices that
+    skip.
     """
-    if axis_name is None or axis_name == ():
-        with _within(_warned), _within(_as_whole):
-            yield
-    else:
+    with _within(_warned), _within(_as_whole):
         yield
 
 

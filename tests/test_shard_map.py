@@ -373,6 +373,21 @@ def test_shares_within_a_skip_that_takes_them_as_whole_are_refused(outer):
         jax.pmap(lambda g: tx.update(g[None], state), axis_name="x")(jnp.ones(8))
 
 
+@pytest.mark.parametrize("opaque", [False, True])
+def test_shares_within_a_skip_by_another_norm_that_was_told_of_them(opaque):
+    largest = functools.partial(optaxclip.global_norm, ord=np.inf)
+
+    def own(tree):  # which nobody can look into
+        return largest(tree, axis_name="x")
+
+    norm, told = (own, {}) if opaque else (largest, {"axis_name": "x"})
+    clip = optaxclip.clip_by_global_norm(1.0, axis_name="x")
+    tx, grads = optaxclip.skip_by(clip, norm, **told), jnp.arange(1.0, 9.0)
+    state = tx.init(grads[:1])
+    updates = jax.pmap(lambda g: tx.update(g[None], state)[0], axis_name="x")(grads)
+    np.testing.assert_allclose(updates[:, 0], grads / np.linalg.norm(grads), rtol=1e-6)
+
+
 def test_a_clip_that_asks_another_norm_than_the_skip_around_it_is_warned():
     skip = optaxclip.skip_nonfinite(optaxclip.clip_by_leaf_norm(1.0), axis_name="x")
     state = skip.init(jnp.ones(1))
