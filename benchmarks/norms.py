@@ -33,7 +33,7 @@ COLUMNS = {
     "bandwidth": "GB/s",
     "share": "of the fastest read",
     "ratio": "time ÷ optax's",
-    "bytes": "bytes accessed ÷ gradient bytes",
+    "bytes": "bytes moved ÷ gradient bytes",
     "temp": "temporary ÷ gradient bytes",
     "error": "relative error",
 }
@@ -71,7 +71,7 @@ def measure(options: Any, kind: str, dtype: str) -> Any:
             "bandwidth": _measure.spread([size / t / 1e9 for t in times[name]]),
             "share": _measure.ratio(times[reader], times[name]),
             "seconds": _measure.spread(times[name]),
-            "bytes": counts["bytes_accessed"] / size,
+            "bytes": counts["bytes_moved"] / size,
             "temp": counts["temp_bytes"] / size,
             **counts,
         }

@@ -104,11 +104,11 @@ def summary(
             "time": _measure.ratio(limit, adamw),
         }
     ]
-    base = costs["adamw"]["bytes_accessed"]
+    base = costs["adamw"]["bytes_moved"]
     for name, (_, against) in entries.items():
         row = {
             "name": name,
-            "bytes": (costs[name]["bytes_accessed"] - base) / grad_bytes,
+            "bytes": (costs[name]["bytes_moved"] - base) / grad_bytes,
             "temp": costs[name]["temp_bytes"] / grad_bytes,
             "time": _measure.ratio(times[name], adamw),
             "seconds": _measure.spread(times[name]),

@@ -35,7 +35,7 @@ import _trees
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _hlo import figures, main_memory_bytes
+from _hlo import figures
 from _optimizers import choose, compile_step, make_step
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -83,7 +83,7 @@ def measure(topology: str, dtype: str, options: Any) -> Any:
         counts = figures(program)
         others = dict(counts["collectives"])
         all_reduces = others.pop("all-reduce", {"count": 0})["count"]
-        moved = main_memory_bytes(program.as_text()) / grad_bytes
+        moved = counts["bytes_moved"] / grad_bytes
         rows[name] = {
             "name": name,
             "hbm": moved,

@@ -2,16 +2,18 @@
 
 Squares of float32 overflow above 1.8e19 and vanish below 1e-19. Guarding every sum
 would cost a second read, so the plain sum comes first, and only where it overflowed or
-nearly vanished is it taken again, in a unit (a power of two) that fits. A loop does it
-whose body is compiled once and nearly always runs once; `lax.cond` would compile the
-sum twice. A loop has no reverse derivative, so g / |g| is given in closed form, which
-also makes it finite at zero.
+nearly vanished is it taken again, in a unit (a power of two) that fits. That is a
+conditional: it costs a second set of sums in the program, but XLA for GPU records it in
+one CUDA graph with the rest of a step, where a loop makes the host wait, and XLA for
+TPU keeps the gradients that it has fetched. The derivative, g / |g|, is given in closed
+form, which makes it finite at zero.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from optaxclip import _gradients, _mesh
 Axes = tuple[int, ...] | None
 Shares = tuple[_mesh.Axes, ...]  # for each leaf
 Arrays = list[jax.Array]
-Sums = Callable[[Arrays, jax.Array], Arrays]  # of leaves, in a unit
+Sums = Callable[[Arrays, Arrays | None], Arrays]  # of the leaves, in these units
 
 
 def joint_norm(leaves: Sequence[jax.Array], shares: Sequence[_mesh.Axes]) -> jax.Array:
@@ -47,15 +49,13 @@ def _norms(leaves: Arrays, axes: tuple[Axes, ...] | None, shares: Shares) -> Arr
 def _closed_form(
     leaves: Arrays, axes: tuple[Axes, ...] | None, shares: Shares
 ) -> Arrays:
-    widest = _gradients.accumulator(*(x.dtype for x in leaves))
     if axes is None:
         count = sum(x.size for x in leaves)
         sums = functools.partial(_joint_sum, shares=shares)
-        return _roots(leaves, sums, [jnp.zeros((), widest)], [count], False)
-    zeros = [_zeros(x, axis, widest) for x, axis in zip(leaves, axes, strict=True)]
-    counts = [x.size // max(z.size, 1) for x, z in zip(leaves, zeros, strict=True)]
+        return _roots(leaves, sums, [count], False)
+    counts = [_count(x, axis) for x, axis in zip(leaves, axes, strict=True)]
     sums = functools.partial(_separate_sums, axes=axes, shares=shares)
-    norms = _roots(leaves, sums, zeros, counts, True)
+    norms = _roots(leaves, sums, counts, True)
     dtypes = [_gradients.accumulator(x.dtype) for x in leaves]
     return [norm.astype(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
 
@@ -87,58 +87,43 @@ def _closed_form_jvp(
 
 
 def _roots(
-    leaves: Arrays, sums: Sums, zeros: Arrays, counts: Sequence[int], zero_fits: bool
+    leaves: Arrays, sums: Sums, counts: Sequence[int], zero_fits: bool
 ) -> Arrays:
-    """The roots of ``sums(leaves, unit)``, each in the first unit in which it is sound.
+    """The roots of ``sums(leaves, units)``, each in a unit in which it is sound.
 
-    ``zeros`` has the shapes of the sums, ``counts`` the number of squares in each.
+    ``counts`` has the number of squares in each sum. ``zero_fits``: beside others a sum
+    of 0 is nothing to look into.
     """
-    dtype = zeros[0].dtype
+    totals = sums(leaves, None)
+    roots = [jnp.sqrt(total) for total in totals]
     if all(_squares_fit(x.dtype) for x in leaves):
-        return [jnp.sqrt(total) for total in sums(leaves, jnp.ones((), dtype))]
+        return roots
+    dtype = totals[0].dtype
     large = 2.0 ** (3 * jnp.finfo(dtype).maxexp // 4)
+    some = _any([total > 0 for total in totals]) if zero_fits else jnp.zeros((), bool)
+    units = []
+    for total, count in zip(totals, counts, strict=True):
+        vanished = _vanished(total, count) & ((total > 0) | ~some)
+        unit = jnp.where(vanished, large, jnp.ones((), dtype))
+        units.append(jnp.where(jnp.isinf(total), 1 / large, unit))
 
-    def measure(carry: _Carry) -> _Carry:
-        unit = jnp.asarray([1, large, 1 / large], dtype)[carry.attempt]
-        totals = sums(leaves, unit)
-        norms, sound = [], []
-        some = _any_positive(totals) if zero_fits else jnp.zeros((), bool)
-        rows = zip(totals, counts, carry.norms, carry.sound, strict=True)
-        for total, count, norm, was_sound in rows:
-            norms.append(jnp.where(was_sound, norm, jnp.sqrt(total) / unit))
-            vanished = (carry.attempt == 0) & _vanished(total, count)
-            vanished &= (total > 0) | ~some
-            sound.append(was_sound | ~(jnp.isinf(total) | vanished))
-        return _Carry(carry.attempt + 1, norms, sound)
+    def again(units: Arrays) -> Arrays:
+        rows = zip(sums(leaves, units), units, strict=True)
+        return [jnp.sqrt(total) / unit for total, unit in rows]
 
-    def unfinished(carry: _Carry) -> jax.Array:
-        sound = jnp.stack([jnp.all(x) for x in carry.sound])
-        return (carry.attempt < 3) & ~jnp.all(lax.optimization_barrier(sound))
-
-    unsound = [jnp.zeros_like(zero, bool) for zero in zeros]
-    carry = _Carry(jnp.int32(0), zeros, unsound)
-    if sum(x.size for x in leaves) > _SMALL:
-        return lax.while_loop(unfinished, measure, carry).norms
-    for _ in range(3):
-        carry = measure(carry)
-    return carry.norms
+    with jax.named_scope(RARE):
+        is_rare = _any([unit != 1 for unit in units])
+        return lax.cond(is_rare, again, lambda _: roots, units)
 
 
-# Up to so many elements all attempts are made in a row, which costs next to nothing:
-# XLA for CPU turns loops over little data into one kernel, at minutes of compile time.
-_SMALL = 2**20
+# The scope of a compiled program, and of a profile, that a step ordinarily leaves out.
+RARE = "sums_in_other_units"
 
 
-class _Carry(NamedTuple):
-    attempt: jax.Array
-    norms: Arrays
-    sound: Arrays  # whether a norm is final: neither overflowed nor vanished
-
-
-def _any_positive(totals: Arrays) -> jax.Array:
-    """Whether there is any gradient: then leaves and units of 0 are ordinary."""
-    tops = jnp.stack([jnp.max(total, initial=0) for total in totals])
-    return jnp.max(lax.optimization_barrier(tops)) > 0
+def _any(flags: Arrays) -> jax.Array:
+    # The barrier keeps XLA from unrolling this into a chain, slow to compile.
+    stacked = jnp.stack([jnp.any(flag) for flag in flags])
+    return jnp.any(lax.optimization_barrier(stacked))
 
 
 def _vanished(total: jax.Array, count: int) -> jax.Array:
@@ -150,41 +135,43 @@ def _vanished(total: jax.Array, count: int) -> jax.Array:
     return total < max(count, 1) * float(info.tiny) / float(info.eps)
 
 
-def _joint_sum(leaves: Arrays, unit: jax.Array, shares: Shares) -> Arrays:
-    sums = list(_sums(leaves, [None] * len(leaves), unit))
+def _joint_sum(leaves: Arrays, units: Arrays | None, shares: Shares) -> Arrays:
+    units = units and units * len(leaves)
+    sums = list(_sums(leaves, [None] * len(leaves), units))
     return [_mesh.reduce_total(sums, shares, _total)]
 
 
 def _total(sums: Arrays) -> jax.Array:
-    # The barrier keeps XLA from unrolling this into a chain, slow to compile.
     return jnp.sum(lax.optimization_barrier(jnp.stack(sums)))
 
 
 def _separate_sums(
-    leaves: Arrays, unit: jax.Array, axes: Sequence[Axes], shares: Shares
+    leaves: Arrays, units: Arrays | None, axes: Sequence[Axes], shares: Shares
 ) -> Arrays:
-    sums = _sums(leaves, axes, unit)
+    sums = _sums(leaves, axes, units)
     return [_mesh.reduce_sum(x, of) for x, of in zip(sums, shares, strict=True)]
 
 
-def _sums(leaves: Arrays, axes: Sequence[Axes], unit: jax.Array) -> Iterator[jax.Array]:
-    """The sum of the squares of ``leaf * unit`` over ``axis``, for every leaf."""
-    for leaf, axis in zip(leaves, axes, strict=True):
-        # Without a barrier, leaves of one shape would share one array full of `unit`,
-        # and a widened copy of each leaf would be made before the loop.
-        leaf, factor = lax.optimization_barrier((leaf, unit))
-        wide = _gradients.widen(leaf, factor.dtype)
-        square = lax.square(wide.real * factor)
-        if jnp.iscomplexobj(wide):
-            square += lax.square(wide.imag * factor)
+def _sums(
+    leaves: Arrays, axes: Sequence[Axes], units: Arrays | None
+) -> Iterator[jax.Array]:
+    """The sum of the squares over ``axis`` of every leaf, or of ``leaf * unit``."""
+    dtype = _gradients.accumulator(*(x.dtype for x in leaves))
+    for i, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
+        # The barrier keeps XLA from writing arrays that several fusions could share: a
+        # widened copy of the leaf, or one full of `unit` for leaves of one shape.
+        leaf, unit = lax.optimization_barrier((leaf, units[i] if units else 1))
+        wide = _gradients.widen(leaf, dtype)
+        parts = [wide.real, wide.imag] if jnp.iscomplexobj(wide) else [wide]
+        if units:
+            parts = [part * unit for part in parts]
+        square = functools.reduce(operator.add, map(lax.square, parts))
         yield jnp.sum(square, axis=axis, keepdims=axis is not None)
 
 
-def _zeros(leaf: jax.Array, axis: Axes, dtype: Any) -> jax.Array:
-    """Zeros of the shape, and on a mesh the layout, of the norms of a leaf."""
-    if axis is None:
-        return jnp.zeros((), dtype)
-    return jnp.sum(jnp.zeros_like(leaf, dtype), axis=axis, keepdims=True)
+def _count(leaf: jax.Array, axis: Axes) -> int:
+    """How many elements of a leaf one norm is of."""
+    return leaf.size if axis is None else math.prod(leaf.shape[i] for i in axis)
 
 
 def _squares_fit(dtype: Any) -> bool:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from _hlo import figures
 
 import optaxclip
 
@@ -49,7 +50,11 @@ def compiled_step(tx, params):
 
 @functools.cache
 def cost(name, dtype=jnp.float32):
-    """Bytes accessed and temporary bytes of a step, in units of the gradients."""
+    """Bytes moved and temporary bytes of a step, in units of the gradients.
+
+    Without the sums that are taken again at the extremes: they are in a branch that an
+    ordinary step does not take. With them it is the bytes that XLA counts.
+    """
     clips = {
         "adamw": [],
         "optax": [optax.clip_by_global_norm(1.0)],
@@ -66,10 +71,9 @@ def cost(name, dtype=jnp.float32):
     assert grad_bytes >= 20e6 * jnp.dtype(dtype).itemsize
     with jax.numpy_dtype_promotion("standard"):
         program = compiled_step(optax.chain(*clips[name], optax.adamw(1e-3)), params)
-    return (
-        program.cost_analysis()["bytes accessed"] / grad_bytes,
-        program.memory_analysis().temp_size_in_bytes / grad_bytes,
-    )
+    counted = figures(program)
+    counts = ("bytes_moved", "temp_bytes", "bytes_accessed")
+    return [counted[count] / grad_bytes for count in counts]
 
 
 @pytest.mark.parametrize(
@@ -79,16 +83,18 @@ def cost(name, dtype=jnp.float32):
 def test_a_clip_reads_the_gradients_once_and_copies_nothing(name, monkeypatch):
     if name == "value":  # several devices cost it a copy on CPUs, see `_maximum`
         monkeypatch.setattr(jax, "device_count", lambda: 1)
-    accessed, temporary = cost(name)
-    assert accessed - cost("adamw")[0] <= 1.05
+    moved, temporary, with_rare = cost(name)
+    assert moved - cost("adamw")[0] <= 1.05
     assert temporary <= 0.02
+    assert with_rare - moved <= 1.05
 
 
 def test_optax_is_what_the_budget_was_set_against():
     """If this fails, optax has become cheaper: the README says otherwise."""
-    accessed, temporary = cost("optax")
-    assert accessed - cost("adamw")[0] > 4.5
+    moved, temporary, accessed = cost("optax")
+    assert moved - cost("adamw")[0] > 4.5
     assert temporary > 0.9
+    assert moved == pytest.approx(accessed, rel=1e-3)  # it has no rare branch
 
 
 @pytest.mark.parametrize("name", ["optaxclip", "leaf", "percentile"])
@@ -105,28 +111,30 @@ def test_a_norm_is_one_read_and_no_copy(norm, dtype):
     params = gpt_like(dtype)
     grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     program = jax.jit(norm).lower(params).compile()
-    assert program.cost_analysis()["bytes accessed"] <= 1.02 * grad_bytes
-    assert program.memory_analysis().temp_size_in_bytes <= 0.02 * grad_bytes
+    counted = figures(program)
+    assert counted["bytes_moved"] <= 1.02 * grad_bytes
+    assert counted["temp_bytes"] <= 0.02 * grad_bytes
 
 
-def test_many_leaves_compile_to_no_more_than_optax():
+def test_many_leaves_compile_to_little_more_than_optax():
     params = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(300)}
 
     def size(clip):
         with jax.numpy_dtype_promotion("standard"):
-            text = compiled_step(optax.chain(clip, optax.adamw(1e-3)), params).as_text()
-        return len(re.findall(r"^\s+(?:ROOT )?%?\S+ = ", text, re.MULTILINE))
+            program = compiled_step(optax.chain(clip, optax.adamw(1e-3)), params)
+        return figures(program)["instructions"]
 
     ours, theirs = (
         size(optaxclip.clip_by_global_norm(1.0)),
         size(optax.clip_by_global_norm(1.0)),
     )
-    assert ours <= 1.1 * theirs
+    assert ours <= 1.15 * theirs
 
 
-def test_a_clip_makes_no_callback_and_no_sort():
+def test_a_clip_makes_no_callback_no_sort_and_no_loop():
+    """XLA for GPU leaves loops out of CUDA graphs, and the host waits for them."""
     text = compiled_step(
         optaxclip.clip_by_global_norm(1.0),
-        {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+        {"w": jax.ShapeDtypeStruct((2048, 1024), jnp.float32)},
     ).as_text()
-    assert not re.search(r"custom-call.*callback|\bsort\(|outfeed|infeed", text)
+    assert not re.search(r"custom-call.*callback|\b(sort|while)\(|outfeed|infeed", text)

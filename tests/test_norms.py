@@ -94,9 +94,8 @@ def test_each_leaf_is_measured_in_its_own_range(first, second):
 
 @pytest.mark.parametrize("exponent", [-120, -70, 0, 70, 110])
 @pytest.mark.parametrize("norm", [optaxclip.global_norm, optaxclip.leaf_norm])
-def test_large_trees_are_right_over_the_range_too(norm, exponent):
-    """Beyond a million elements the attempts run in a loop, one after the other."""
-    leaf = jnp.zeros(2**20 + 1).at[:3].set(jnp.asarray(np.ldexp([1, 0.5, 1], exponent)))
+def test_a_leaf_of_zeros_stays_zero_beside_the_extremes(norm, exponent):
+    leaf = jnp.zeros(9).at[:3].set(jnp.asarray(np.ldexp([1, 0.5, 1], exponent)))
     zero = jnp.zeros(3)
     result = jax.tree.leaves(norm([leaf, zero]))
     np.testing.assert_allclose(result[0], np.ldexp(1.5, exponent), rtol=3e-7)

@@ -4,13 +4,13 @@ The expectation is the same run on one device, see `meshes.run`.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _hlo import figures
 from jax.sharding import PartitionSpec as P
 from meshes import (
     EVERY,
@@ -37,10 +37,6 @@ EVERYWHERE = {  # one placement for all leaves of rank 2
 }
 
 
-def collectives(text, kind):
-    return len(re.findall(rf"= \S.* {kind}(?:-start)?\(", text))
-
-
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(("name", "shape", "specs"), CASES)
 def test_equals_one_device(name, shape, specs, kind):
@@ -53,7 +49,7 @@ def test_equals_one_device(name, shape, specs, kind):
         program = program.compile()
         result = program(params, state, steps)
     assert_same_run(result, name)
-    assert collectives(program.as_text(), "all-gather") == 0
+    assert "all-gather" not in figures(program)["collectives"]
     updates = result[1][0]
     for update, grads in zip(
         jax.tree.leaves(updates), jax.tree.leaves(steps), strict=True
@@ -69,11 +65,14 @@ def test_equals_one_device(name, shape, specs, kind):
 def test_norms_wherever_the_leaves_lie(norm, spec, kind):
     on = mesh(kind, 8)
     tree = [jnp.arange(64.0).reshape(8, 8) + i for i in range(3)]
-    with jax.set_mesh(on):
-        sharded = put(tree, [spec] * 3, on)
-        actual = jax.jit(norm)(sharded)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(norm(tree)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-6)
+    jitted = jax.jit(norm)
+    for scale in (1.0, 1e30, 1e-30):  # where squares overflow or vanish, too
+        scaled = [scale * x for x in tree]
+        with jax.set_mesh(on):
+            actual = jitted(put(scaled, [spec] * 3, on))
+        rows = zip(jax.tree.leaves(actual), jax.tree.leaves(norm(tree)), strict=True)
+        for x, y in rows:
+            np.testing.assert_allclose(x, scale * y, rtol=2e-6)
 
 
 CLIPS = {
@@ -87,13 +86,11 @@ CLIPS = {
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("size", [16, 1024], ids=["small", "large"])
 @pytest.mark.parametrize("name", CLIPS)
-def test_one_all_reduce_for_a_whole_tree(name, size, kind):
-    """Small trees and large ones, whose norm is taken in a loop."""
+def test_one_all_reduce_for_a_whole_tree(name, kind):
     on, tx = mesh(kind, 8), CLIPS[name]()
     specs = [P("x"), P(None, "x"), P("x"), P()]
-    shapes = [(size, 2048), (size, 2048), (size,), (8,)]
+    shapes = [(16, 2048), (16, 2048), (16,), (8,)]
     with jax.set_mesh(on):
         params = [
             jax.ShapeDtypeStruct(
@@ -102,10 +99,9 @@ def test_one_all_reduce_for_a_whole_tree(name, size, kind):
             for shape, spec in zip(shapes, specs, strict=True)
         ]
         state = jax.eval_shape(tx.init, params)
-        text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
-    assert collectives(text, "all-reduce") == 1
-    for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
-        assert collectives(text, other) == 0
+        program = jax.jit(tx.update).lower(params, state, params).compile()
+    collectives = figures(program)["collectives"]
+    assert {name: of["count"] for name, of in collectives.items()} == {"all-reduce": 1}
 
 
 @pytest.mark.parametrize("name", EVERY)

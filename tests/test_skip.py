@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _hlo import figures
 from cases import LOW, TREES, array, assert_same_bits, split_leaves
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -810,16 +811,14 @@ def cost(name):
             "apply_if_finite": optax.apply_if_finite(optax_clipped, 5),
         }
         program = compiled_step(transforms[name], params)
-    return (
-        program.cost_analysis()["bytes accessed"] / grad_bytes,
-        program.memory_analysis().temp_size_in_bytes / grad_bytes,
-    )
+    counted = figures(program)
+    return counted["bytes_moved"] / grad_bytes, counted["temp_bytes"] / grad_bytes
 
 
 @on_cpu
 def test_a_conditional_is_counted_as_the_dearer_of_its_branches():
     def accessed(f, *args):
-        return jax.jit(f).lower(*args).compile().cost_analysis()["bytes accessed"]
+        return figures(jax.jit(f).lower(*args).compile())["bytes_moved"]
 
     def cheap(x):
         return 2 * jnp.sin(x)
