@@ -57,7 +57,7 @@ def figures(compiled: Any) -> dict[str, Any]:
         "bytes_moved": program.bytes_moved(),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "instructions": len(lines),
-        "fusions": sum(line.op == "fusion" for line in lines),
+        "fusions": sum(line.op == "fusion" for line in program.ordinary()),
         "collectives": collectives,
     }
 

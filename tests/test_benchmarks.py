@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _hlo
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,15 +22,18 @@ SCRIPTS = {
     "quantile": (["--windows", "100"], ["window", "name", "call", "ratio"]),
     "compile": ([], ["leaves", "name", "trace", "lower", "compile", "instructions"]),
     "scaling": (["--ways", "jit"], ["devices", "way", "name", "collectives", "temp"]),
-    "tpu_compile": ([], ["name", "hbm", "temp", "fusions", "all_reduces"]),
+    "tpu_compile": ([], ["name", "moved", "temp", "fusions", "all_reduces"]),
+    "gpu_compile": ([], ["name", "moved", "temp", "fusions", "graphs", "waits"]),
 }
+COMPILERS = {"tpu_compile": "libtpu", "gpu_compile": "jax_cuda13_plugin"}
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
 def record(request, tmp_path_factory):
     options, fields = SCRIPTS[request.param]
-    if request.param == "tpu_compile" and not importlib.util.find_spec("libtpu"):
-        pytest.skip("the compiler for TPU, libtpu, is not installed")
+    compiler = COMPILERS.get(request.param)
+    if compiler and not importlib.util.find_spec(compiler):
+        pytest.skip(f"the compiler, {compiler}, is not installed")
     out = tmp_path_factory.mktemp("benchmarks") / request.param
     environment = dict(os.environ)
     environment.pop("XLA_FLAGS", None)  # the eight devices of the tests
@@ -66,14 +70,6 @@ def test_a_benchmark_records_where_it_ran_and_what_it_measured(record):
                     assert 0 < value["q1"] <= value["median"] <= value["q3"]
 
 
-@pytest.fixture
-def hlo(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import _hlo
-
-    return _hlo
-
-
 PROGRAM = """\
 HloModule step
 
@@ -95,13 +91,52 @@ ENTRY %main (a: f32[8], b: bf16[8]) -> f32[8] {
 """
 
 
-def test_bytes_of_main_memory_are_counted_once(hlo):
+def test_bytes_of_main_memory_are_counted_once():
     # The loop reads 8 and writes 4 floats; 8 halves are fetched; the all-reduce and the
     # last fusion read 8 and write 8 floats each, the fetched halves not again.
-    assert hlo.main_memory_bytes(PROGRAM) == 48 + 16 + 64 + 64
+    assert _hlo.Program(PROGRAM).bytes_moved() == 48 + 16 + 64 + 64
 
 
-def test_collectives_are_counted_with_their_bytes(hlo):
+RARE = """\
+%again (a: f32[8]) -> f32[] {
+  %a = f32[8] parameter(0)
+  %s = f32[] reduce(%a), to_apply=%add
+  ROOT %r = f32[] all-reduce(%s), to_apply=%add
+}
+
+%not (n: f32[]) -> f32[] {
+  ROOT %n = f32[] parameter(0)
+}
+
+ENTRY %main (p: pred[], a: f32[8], n: f32[]) -> f32[] {
+  %p = pred[] parameter(0)
+  %a = f32[8] parameter(1)
+  %n = f32[] parameter(2)
+  ROOT %c = f32[] conditional(%p, %a, %n), SCOPE
+}
+"""
+
+
+@pytest.mark.parametrize(("scope", "moved", "reduced"), [("x", 44, 1), ("RARE", 0, 0)])
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "branch_computations={%again, %not}",
+        "true_computation=%not, false_computation=%again",
+    ],
+)
+def test_sums_in_other_units_are_no_part_of_an_ordinary_step(
+    scope, moved, reduced, branches
+):
+    scope = (
+        f'{branches}, metadata={{op_name="{_hlo.RARE if scope == "RARE" else scope}"}}'
+    )
+    program = _hlo.Program(RARE.replace("SCOPE", scope))
+    assert program.bytes_moved() == moved
+    assert sum(line.op == "all-reduce" for line in program.ordinary()) == reduced
+
+
+def test_collectives_are_counted_with_their_bytes():
     class Program:
         def as_text(self):
             return PROGRAM
@@ -112,6 +147,6 @@ def test_collectives_are_counted_with_their_bytes(hlo):
         def memory_analysis(self):
             return type("Memory", (), {"temp_size_in_bytes": 2})
 
-    counted = hlo.figures(Program())
+    counted = _hlo.figures(Program())
     assert counted["collectives"] == {"all-reduce": {"count": 1, "bytes": 32}}
     assert counted["fusions"] == 2
