@@ -12,7 +12,11 @@ the device to decide. Needs an environment of its own, 1.3 GB large:
         nvidia-cuda-nvcc nvidia-nvvm
     .venv-gpu/bin/python benchmarks/gpu_compile.py
     .venv-gpu/bin/python benchmarks/gpu_compile.py --parameters 20000000
+    XLA_FLAGS=--xla_gpu_enable_command_buffer=+COLLECTIVES \\
+        .venv-gpu/bin/python benchmarks/gpu_compile.py --devices 4
 
+By default XLA leaves collectives out of CUDA graphs, and with them the branch in which
+a norm on several devices is taken again at the extremes; the flag takes both in.
 With no GPU at hand nothing is tuned by timing. These steps are sums and elementwise
 arithmetic, for which the compiler would not time anything.
 """
@@ -27,9 +31,10 @@ from typing import Any
 # Before JAX is imported: no GPU is looked for, and how steps are launched is written.
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_dump_to={tempfile.mkdtemp()}",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
+os.environ.setdefault("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] += f" --xla_dump_to={tempfile.mkdtemp()}"
 
 import _measure
 from _deviceless import measure
@@ -63,7 +68,8 @@ gpu_device_info {
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-DUMP = Path(os.environ["XLA_FLAGS"].partition("=")[2])
+FLAGS, _, dump = os.environ["XLA_FLAGS"].partition(" --xla_dump_to=")
+DUMP = Path(dump)
 COLUMNS = {"graphs": "CUDA graphs", "waits": "waits of the host"}
 
 
@@ -105,8 +111,12 @@ def main() -> None:
         for dtype in options.dtypes.split(","):
             tables.append(measure(topology.devices, dtype, options, launches, COLUMNS))
     DUMP.rmdir()
-    plugin = importlib.metadata.version("jax-cuda13-plugin")
-    _measure.save(__doc__, options, tables, device="gpu", jax_cuda13_plugin=plugin)
+    also = {
+        "device": "gpu",
+        "jax_cuda13_plugin": importlib.metadata.version("jax-cuda13-plugin"),
+        "xla_flags": FLAGS,
+    }
+    _measure.save(__doc__, options, tables, **also)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,10 @@ def all_of(holds: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
     rows = list(zip(*map(jax.tree.leaves, trees), strict=True))
     if not rows:
         return jnp.ones((), bool)
+    if len(rows) == 1:
+        # Without a barrier: it would keep XLA for GPU from making selects of the
+        # conditional of a skip around this, which then has to write the updates.
+        return jnp.all(holds(*rows[0]))
     if all(x.ndim == 0 and x.dtype == rows[0][0].dtype for row in rows for x in row):
         # Asked once of a vector: asked of thousands of scalars it is thousands of
         # kernels to compile. The barrier keeps XLA from taking it apart again.
