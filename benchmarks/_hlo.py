@@ -1,5 +1,6 @@
 """Figures read from a compiled program: they do not depend on the clock."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def figures(compiled: Any) -> dict[str, Any]:
         if found := _COLLECTIVE.fullmatch(line.op):
             entry = collectives.setdefault(found[1], {"count": 0, "bytes": 0})
             entry["count"] += 1
-            entry["bytes"] += sum(size for size, _ in _arrays(line.type))
+            entry["bytes"] += program.size_of_result(line)
     lines = [Instruction(*found) for found in _LINE.findall(text)]
     return {
         "bytes_accessed": (compiled.cost_analysis() or {}).get("bytes accessed"),
@@ -72,6 +73,16 @@ class Program:
 
     def __init__(self, text: str) -> None:
         self._computations = dict(_computations(text))
+        lines = itertools.chain.from_iterable(self._computations.values())
+        self._types = {line.name: line.type for line in lines}
+
+    def size_of_result(self, line: Instruction) -> int:
+        """In bytes. What starts a collective may have its operands in its type, too."""
+        size = sum(size for size, _ in _arrays(line.type))
+        if line.op.endswith("-start") and line.type.startswith("(("):
+            types = (self._types[operand] for operand in line.operands)
+            size -= sum(size for of in types for size, _ in _arrays(of))
+        return size
 
     def ordinary(self, name: str = "ENTRY") -> Iterator[Instruction]:
         """The instructions that run, those of loops and branches in place."""
@@ -86,10 +97,8 @@ class Program:
         Other memories are marked in the types of programs for TPU, ``S(1)`` the vector
         memory: what was fetched there ahead counts once, which XLA counts twice.
         """
-        lines = self._computations[name]
-        types = {line.name: line.type for line in lines}
         total = 0
-        for line in lines:
+        for line in self._computations[name]:
             called = self._called(line)
             total += sum(map(self.bytes_moved, called))
             if line.op in ("copy-start", "slice-start"):
@@ -99,7 +108,10 @@ class Program:
                     source, target = target, source
                 total += target[0] * (source[1] + target[1])
             elif not called and not _moves_nothing(line):
-                arrays = [line.type, *(types[operand] for operand in line.operands)]
+                arrays = [
+                    line.type,
+                    *(self._types[operand] for operand in line.operands),
+                ]
                 total += sum(size for a in arrays for size, main in _arrays(a) if main)
         return total
 

@@ -4,9 +4,10 @@ Squares of float32 overflow above 1.8e19 and vanish below 1e-19. Guarding every 
 would cost a second read, so the plain sum comes first, and only where it overflowed or
 nearly vanished is it taken again, in a unit (a power of two) that fits. That is a
 conditional: it costs a second set of sums in the program, but XLA for GPU records it in
-one CUDA graph with the rest of a step, where a loop makes the host wait, and XLA for
-TPU keeps the gradients that it has fetched. The derivative, g / |g|, is given in closed
-form, which makes it finite at zero.
+one CUDA graph with the rest of a step (on several devices, too, if told to record
+collectives), where a loop makes the host wait, and XLA for TPU keeps the gradients that
+it has fetched. The derivative, g / |g|, is given in closed form, which makes it finite
+at zero.
 """
 
 import functools
@@ -50,10 +51,11 @@ def _closed_form(
     leaves: Arrays, axes: tuple[Axes, ...] | None, shares: Shares
 ) -> Arrays:
     if axes is None:
-        count = sum(x.size for x in leaves)
+        rows = zip(leaves, shares, strict=True)
+        count = sum(_mesh.whole_size(x, share) for x, share in rows)
         sums = functools.partial(_joint_sum, shares=shares)
         return _roots(leaves, sums, [count], False)
-    counts = [_count(x, axis) for x, axis in zip(leaves, axes, strict=True)]
+    counts = [_count(*row) for row in zip(leaves, axes, shares, strict=True)]
     sums = functools.partial(_separate_sums, axes=axes, shares=shares)
     norms = _roots(leaves, sums, counts, True)
     dtypes = [_gradients.accumulator(x.dtype) for x in leaves]
@@ -72,9 +74,11 @@ def _closed_form_jvp(
         x: jax.Array, dx: jax.Array, norm: jax.Array, axis: Axes, share: _mesh.Axes
     ) -> jax.Array:
         x, dx = _gradients.widen(x, norm.dtype), _gradients.widen(dx, norm.dtype)
-        product = x.real / norm * dx.real
+        # Inverses of norms above 2^126 would be subnormal, which XLA counts as 0.
+        unit = jnp.where(norm > 2.0**64, 2.0**-64, jnp.ones_like(norm))
+        product = (x.real * unit) / (norm * unit) * dx.real
         if jnp.iscomplexobj(x):
-            product += x.imag / norm * dx.imag
+            product += (x.imag * unit) / (norm * unit) * dx.imag
         partial = jnp.sum(product, axis=axis, keepdims=axis is not None)
         return _mesh.reduce_sum(partial, share)
 
@@ -91,48 +95,51 @@ def _roots(
 ) -> Arrays:
     """The roots of ``sums(leaves, units)``, each in a unit in which it is sound.
 
-    ``counts`` has the number of squares in each sum. ``zero_fits``: beside others a sum
-    of 0 is nothing to look into.
+    ``counts`` has the number of squares in each sum, on all devices. ``zero_fits``:
+    beside others a sum of 0 is nothing to look into.
     """
     totals = sums(leaves, None)
     roots = [jnp.sqrt(total) for total in totals]
     if all(_squares_fit(x.dtype) for x in leaves):
         return roots
-    dtype = totals[0].dtype
-    large = 2.0 ** (3 * jnp.finfo(dtype).maxexp // 4)
-    some = _any([total > 0 for total in totals]) if zero_fits else jnp.zeros((), bool)
-    units = []
-    for total, count in zip(totals, counts, strict=True):
-        vanished = _vanished(total, count) & ((total > 0) | ~some)
-        unit = jnp.where(vanished, large, jnp.ones((), dtype))
-        units.append(jnp.where(jnp.isinf(total), 1 / large, unit))
+    info = jnp.finfo(totals[0].dtype)
+    large = 2.0 ** (3 * info.maxexp // 4)
+    # Squares that underflowed, each below the smallest normal number, can be seen in a
+    # sum below this.
+    seen = [max(count, 1) * float(info.tiny) / float(info.eps) for count in counts]
+    off, zero, some = _any_of(totals, seen)
+    zero &= ~some | (not zero_fits)
 
-    def again(units: Arrays) -> Arrays:
+    def again(totals: Arrays) -> Arrays:
+        units = []
+        for total, bound in zip(totals, seen, strict=True):
+            unit = jnp.where((total > 0) | zero, large, jnp.ones_like(total))
+            unit = jnp.where(total < bound, unit, 1)
+            units.append(jnp.where(jnp.isinf(total), 1 / large, unit))
         rows = zip(sums(leaves, units), units, strict=True)
         return [jnp.sqrt(total) / unit for total, unit in rows]
 
     with jax.named_scope(RARE):
-        is_rare = _any([unit != 1 for unit in units])
-        return lax.cond(is_rare, again, lambda _: roots, units)
+        return lax.cond(off | zero, again, lambda _: roots, totals)
 
 
 # The scope of a compiled program, and of a profile, that a step ordinarily leaves out.
 RARE = "sums_in_other_units"
 
 
-def _any(flags: Arrays) -> jax.Array:
+def _any_of(totals: Arrays, seen: Sequence[float]) -> jax.Array:
+    """Whether any sum is off (it overflowed, or lost squares), is 0, is positive."""
+    rows = list(zip(totals, seen, strict=True))
+    if all(total.ndim == 0 for total in totals):
+        # Asked once of a vector: of many scalars it would be as many kernels.
+        stacked = lax.optimization_barrier(jnp.stack(totals))
+        rows = [(stacked, jnp.asarray(seen, stacked.dtype))]
+    flags = []
+    for total, bound in rows:
+        off = jnp.isinf(total) | ((total > 0) & (total < bound))
+        flags.append(jnp.stack([jnp.any(off), jnp.any(total == 0), jnp.any(total > 0)]))
     # The barrier keeps XLA from unrolling this into a chain, slow to compile.
-    stacked = jnp.stack([jnp.any(flag) for flag in flags])
-    return jnp.any(lax.optimization_barrier(stacked))
-
-
-def _vanished(total: jax.Array, count: int) -> jax.Array:
-    """Whether the squares that underflowed could be seen in their sum.
-
-    At most ``count`` did, each below the smallest normal number.
-    """
-    info = jnp.finfo(total.dtype)
-    return total < max(count, 1) * float(info.tiny) / float(info.eps)
+    return jnp.any(lax.optimization_barrier(jnp.stack(flags)), axis=0)
 
 
 def _joint_sum(leaves: Arrays, units: Arrays | None, shares: Shares) -> Arrays:
@@ -169,9 +176,11 @@ def _sums(
         yield jnp.sum(square, axis=axis, keepdims=axis is not None)
 
 
-def _count(leaf: jax.Array, axis: Axes) -> int:
-    """How many elements of a leaf one norm is of."""
-    return leaf.size if axis is None else math.prod(leaf.shape[i] for i in axis)
+def _count(leaf: jax.Array, axis: Axes, share: _mesh.Axes) -> int:
+    """How many elements one norm is of, on all devices."""
+    if axis is None:
+        return _mesh.whole_size(leaf, share)
+    return math.prod(leaf.shape[i] for i in axis)
 
 
 def _squares_fit(dtype: Any) -> bool:

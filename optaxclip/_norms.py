@@ -81,8 +81,8 @@ def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTr
     Returns:
       A tree of float32 scalars (float64 for float64 leaves), with an
       ``optax.MaskedNode`` in place of each leaf that is no gradient. A leaf without
-      elements has norm 0. Beside larger leaves, one all of whose elements are below
-      1e-19 may count as 0.
+      elements has norm 0. One all of whose elements are below 1e-19, so that their
+      squares vanish, counts as 0, unless the squares of all leaves vanish.
 
     Raises:
       ValueError: as :func:`global_norm` does.
@@ -155,7 +155,8 @@ def leaf_rms(tree: PyTree, *, axis_name: AxisName = None) -> PyTree:
       axis_name: As in :func:`global_norm`.
 
     Returns:
-      As :func:`leaf_norm`. A leaf without elements has a root mean square of 0.
+      As :func:`leaf_norm`. A leaf without elements has a root mean square of 0, and
+      one whose norm is beyond float32 an infinite one.
 
     Raises:
       ValueError: as :func:`global_norm` does.

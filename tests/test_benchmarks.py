@@ -86,6 +86,8 @@ ENTRY %main (a: f32[8], b: bf16[8]) -> f32[8] {
   %s = (bf16[8]{0:T(8,128)S(1)}, bf16[8]{0:T(8,128)}, u32[]{:S(2)}) copy-start(%b)
   %d = bf16[8]{0:T(8,128)S(1)} copy-done(%s)
   %r = f32[8]{0} all-reduce(%a), to_apply=%add
+  %n = ((bf16[8]{0}), bf16[8]{0}) all-reduce-start(%b), to_apply=%add
+  %e = bf16[8]{0} all-reduce-done(%n)
   ROOT %o = f32[8]{0:T(8,128)} fusion(%r, %d), kind=kLoop, calls=%f
 }
 """
@@ -93,8 +95,9 @@ ENTRY %main (a: f32[8], b: bf16[8]) -> f32[8] {
 
 def test_bytes_of_main_memory_are_counted_once():
     # The loop reads 8 and writes 4 floats; 8 halves are fetched; the all-reduce and the
-    # last fusion read 8 and write 8 floats each, the fetched halves not again.
-    assert _hlo.Program(PROGRAM).bytes_moved() == 48 + 16 + 64 + 64
+    # last fusion read 8 and write 8 floats each, the fetched halves not again; the
+    # other all-reduce reads and writes 8 halves.
+    assert _hlo.Program(PROGRAM).bytes_moved() == 48 + 16 + 64 + 64 + 32
 
 
 RARE = """\
@@ -148,5 +151,6 @@ def test_collectives_are_counted_with_their_bytes():
             return type("Memory", (), {"temp_size_in_bytes": 2})
 
     counted = _hlo.figures(Program())
-    assert counted["collectives"] == {"all-reduce": {"count": 1, "bytes": 32}}
+    # Of the one that is only started the result counts, not the operand in its type.
+    assert counted["collectives"] == {"all-reduce": {"count": 2, "bytes": 32 + 16}}
     assert counted["fusions"] == 2
