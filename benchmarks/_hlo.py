@@ -79,7 +79,7 @@ class Program:
     def size_of_result(self, line: Instruction) -> int:
         """In bytes. What starts a collective may have its operands in its type, too."""
         size = sum(size for size, _ in _arrays(line.type))
-        if line.op.endswith("-start") and line.type.startswith("(("):
+        if _holds_operands(line):
             types = (self._types[operand] for operand in line.operands)
             size -= sum(size for of in types for size, _ in _arrays(of))
         return size
@@ -108,10 +108,8 @@ class Program:
                     source, target = target, source
                 total += target[0] * (source[1] + target[1])
             elif not called and not _moves_nothing(line):
-                arrays = [
-                    line.type,
-                    *(self._types[operand] for operand in line.operands),
-                ]
+                operands = [] if _holds_operands(line) else line.operands
+                arrays = [line.type, *(self._types[operand] for operand in operands)]
                 total += sum(size for a in arrays for size, main in _arrays(a) if main)
         return total
 
@@ -124,6 +122,10 @@ class Program:
             taken = min if RARE in line.rest else max
             return [taken(line.branches, key=self.bytes_moved)]
         return []
+
+
+def _holds_operands(line: Instruction) -> bool:
+    return line.op.endswith("-start") and line.type.startswith("((")
 
 
 def _moves_nothing(line: Instruction) -> bool:
