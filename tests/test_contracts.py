@@ -19,8 +19,7 @@ PAIRS = [
     pytest.param(tree, make, id=f"{tree}-{name}")
     for tree in TREES
     for name, make in TRANSFORMS.items()
-    if name not in LEARNING
-    or tree in ("float32", "mixed with float64", "empty")
+    if name not in LEARNING or tree in ("float32", "mixed with float64", "empty")
 ]
 every_transform_on_every_tree = pytest.mark.parametrize(
     ("tree", "make"), PAIRS, indirect=["tree"]
