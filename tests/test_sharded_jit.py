@@ -49,7 +49,7 @@ def test_equals_one_device(name, shape, specs, kind):
         program = program.compile()
         result = program(params, state, steps)
     assert_same_run(result, name)
-    assert "all-gather" not in figures(program)["collectives"]
+    assert "all-gather" not in program.as_text()  # in no branch, however rare
     updates = result[1][0]
     for update, grads in zip(
         jax.tree.leaves(updates), jax.tree.leaves(steps), strict=True

@@ -815,6 +815,15 @@ def cost(name):
     return counted["bytes_moved"] / grad_bytes, counted["temp_bytes"] / grad_bytes
 
 
+def test_a_clip_by_one_norm_puts_no_barrier_into_a_skip():
+    """One keeps XLA for GPU from making selects of the skip's conditional."""
+    tx = optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(1.0))
+    grads = jnp.ones(3)
+    program = jax.make_jaxpr(tx.update)(grads, tx.init(grads))
+    (skip,) = [of for of in program.eqns if of.primitive.name == "cond"][-1:]
+    assert "optimization_barrier" not in str(skip.params["branches"])
+
+
 @on_cpu
 def test_a_conditional_is_counted_as_the_dearer_of_its_branches():
     def accessed(f, *args):
