@@ -8,11 +8,11 @@ function ``(norm, mean, bound) -> value`` of your own. The *start* is
 :func:`average` for ``ema``.
 """
 
-from optaxclip._thresholds._memory import at_bound as at_bound
-from optaxclip._thresholds._memory import at_mean as at_mean
-from optaxclip._thresholds._memory import reciprocal as reciprocal
-from optaxclip._thresholds._memory import unchanged as unchanged
-from optaxclip._thresholds.ema import average as average
-from optaxclip._thresholds.ema import smallest as smallest
-from optaxclip._thresholds.zscore import moments as moments
-from optaxclip._thresholds.zscore import quartiles as quartiles
+from optaxclip._thresholds import at_bound as at_bound
+from optaxclip._thresholds import at_mean as at_mean
+from optaxclip._thresholds import average as average
+from optaxclip._thresholds import moments as moments
+from optaxclip._thresholds import quartiles as quartiles
+from optaxclip._thresholds import reciprocal as reciprocal
+from optaxclip._thresholds import smallest as smallest
+from optaxclip._thresholds import unchanged as unchanged

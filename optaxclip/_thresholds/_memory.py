@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 PyTree = Any
@@ -113,8 +112,3 @@ def per_norm(
 def like(value: Number, norm: jax.Array) -> jax.Array:
     """A number in the dtype of a norm."""
     return jnp.asarray(value).astype(norm.dtype)
-
-
-def is_count(number: Any) -> Any:
-    """Whether a number is a whole one of at least 1."""
-    return (number >= 1) & (number < np.inf) & (number == np.floor(number))

@@ -13,7 +13,6 @@ from optaxclip._thresholds._memory import (
     Outlying,
     PyTree,
     at_bound,
-    is_count,
     like,
     per_norm,
     where_outlying,
@@ -136,7 +135,7 @@ def ema(
     call = "ema"
     _checks.check(call, "ratio", ratio, lambda x: x > 1, "above 1")
     _checks.check(call, "decay", decay, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
-    _checks.check(call, "warmup", warmup, is_count, "a whole number of at least 1")
+    _checks.count(call, "warmup", warmup)
     _checks.non_negative(call, "floor", floor)
 
     def init_one(norm: jax.Array) -> EmaState:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optaxclip import _checks
@@ -104,8 +103,8 @@ def quantile(
     """
     in_range = "a number in [0, 1]"
     _checks.check("quantile", "q", q, lambda x: not x.ndim and 0 <= x <= 1, in_range)
-    _check_integer("window", window, np.inf, "an integer of at least 1")
-    _check_integer("min_count", min_count, window, f"an integer from 1 to {window}")
+    _checks.count("quantile", "window", window)
+    _checks.count("quantile", "min_count", min_count, most=window)
 
     def init_one(norm: jax.Array) -> QuantileState:
         def padding() -> jax.Array:
@@ -126,19 +125,6 @@ def quantile(
         return jnp.where(ready, threshold, jnp.inf), new
 
     return per_norm(QuantileState, init_one, update_one)
-
-
-def _check_integer(argument: str, value: Any, highest: float, rule: str) -> None:
-    if isinstance(value, jax.Array):
-        raise ValueError(
-            f"`quantile({argument}=...)` must be {rule}, got the JAX array {value}: it "
-            "is a shape, not data. If `optax.inject_hyperparams` made an array of it, "
-            f"name it there: `static_args=({argument!r}, ...)`."
-        )
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    _checks.check(
-        "quantile", argument, value, lambda x: is_integer and 1 <= x <= highest, rule
-    )
 
 
 def _record(norm: jax.Array, state: QuantileState) -> QuantileState:

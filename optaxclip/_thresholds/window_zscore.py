@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._thresholds._memory import Number, PyTree, is_count, like, per_norm
+from optaxclip._thresholds._memory import Number, PyTree, like, per_norm
 
 
 class WindowZscoreState(NamedTuple):
@@ -68,13 +68,8 @@ def window_zscore(
     """
     call = "window_zscore"
     _checks.check(call, "z_threshold", z_threshold, lambda x: x > 0, "positive")
-    whole = "a whole number of at least 2"
-    _checks.check(call, "window", window, lambda x: is_count(x) & (x >= 2), whole)
-
-    def in_range(x: int) -> bool:
-        return is_count(x) & (x >= 2) & (x <= window)
-
-    _checks.check(call, "min_count", min_count, in_range, f"from 2 to {window}")
+    _checks.count(call, "window", window, least=2)
+    _checks.count(call, "min_count", min_count, least=2, most=window)
 
     def init_one(norm: jax.Array) -> WindowZscoreState:
         return WindowZscoreState(

@@ -14,7 +14,6 @@ from optaxclip._thresholds._memory import (
     Outlying,
     PyTree,
     at_bound,
-    is_count,
     like,
     per_norm,
     reciprocal,
@@ -172,7 +171,7 @@ def zscore(
     call = "zscore"
     _checks.check(call, "z_threshold", z_threshold, lambda x: x > 0, "positive")
     _checks.check(call, "decay", decay, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
-    _checks.check(call, "warmup", warmup, is_count, "a whole number of at least 1")
+    _checks.count(call, "warmup", warmup)
     _checks.non_negative(call, "min_deviation", min_deviation)
     _checks.non_negative(call, "floor", floor)
 

@@ -16,14 +16,21 @@ import jax
 import optax
 
 import optaxclip
-from optaxclip.audit import _statistics as stats
-from optaxclip.audit._compare import compare, outcome, outcome_table
-from optaxclip.audit._data import LogData
-from optaxclip.audit._reader import read
-from optaxclip.audit._rule_text import SYNTAX, parse_rule
-from optaxclip.audit._suggest import suggest
-from optaxclip.audit._summary import findings, summary_text
+from optaxclip.audit._log import LogData, read
+from optaxclip.audit._report import (
+    findings,
+    summary_text,
+)
+from optaxclip.audit._report import statistics as stats
 from optaxclip.audit._text import count, finite_json
+from optaxclip.audit._what_if import (
+    SYNTAX,
+    compare,
+    outcome,
+    outcome_table,
+    parse_rule,
+    suggest,
+)
 
 _LOG = "the log, as optaxclip.audit.ClipLog wrote it"
 

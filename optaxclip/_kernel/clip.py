@@ -1,0 +1,235 @@
+"""The kernel: measure, decide, apply, record.
+
+Every clip of the package is ``clip_by(norm, threshold, apply)``; what one clip has to
+hold, all hold, because it stands here once.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip._kernel.decide import all_of, count_if, decide, infinite_like
+from optaxclip._kernel.measure import Norm, initial
+from optaxclip._norms import (
+    AxisName,
+    along,
+    scaled,
+    split,
+    widen,
+)
+from optaxclip._thresholds import (
+    Rule,
+    Threshold,
+    as_rule,
+)
+
+PyTree = Any
+Leaf = jax.Array
+Apply = Callable[[jax.Array, jax.Array], Callable[[Leaf], Leaf]]
+
+
+class ClipMetrics(NamedTuple):
+    """What a clip did in its last step: trees of the structure the norm returns."""
+
+    grad_norm: PyTree  # the norm of the updates before clipping
+    clip_threshold: PyTree  # the bound they were held to
+    clip_scale: PyTree  # min(1, threshold / norm): what they were multiplied by
+
+
+class ClipState(NamedTuple):
+    """State of :func:`clip_by`. Counters are int32 scalars and never wrap around."""
+
+    step_count: jax.Array  # updates so far
+    clip_count: jax.Array  # updates in which a finite norm was clipped
+    nonfinite_count: (
+        jax.Array
+    )  # updates with a norm of NaN, infinity, or 1e37 thresholds
+    rule_state: PyTree  # memory of the threshold rule
+    clip_metrics: ClipMetrics  # of the last update
+
+
+def rescale(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
+    r"""Multiplies by the scale: norm clipping.
+
+    .. math:: g \leftarrow s \cdot g, \quad s = \min(1, T / \|g\|)
+
+    The direction is kept. A leaf is multiplied in float32 (or wider) and rounded once,
+    so its norm afterwards is at most the threshold to within that rounding.
+
+    Args:
+      threshold: Not looked at; there because :func:`clamp` needs it.
+      scale: A scalar, or an array that broadcasts against the leaves.
+
+    Returns:
+      A function from a leaf to the clipped leaf: bit for bit the leaf for scale 1.
+    """
+    del threshold
+    within = _is_one(scale)
+
+    def clip(leaf: Leaf) -> Leaf:
+        return jnp.where(within, leaf, scaled(leaf, scale).astype(leaf.dtype))
+
+    return clip
+
+
+def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
+    r"""Cuts every element at the threshold: value clipping.
+
+    .. math:: g_i \leftarrow \min(\max(g_i, -T), T)
+
+    Meant for the max-norm, of which the scale then is the smallest that any element
+    gets. Complex elements are cut by modulus. An infinite real element becomes
+    :math:`\pm T`, an infinite complex one NaN; NaN stays NaN.
+
+    Args:
+      threshold: A scalar, or an array that broadcasts against the leaves.
+      scale: Not looked at; there because :func:`rescale` needs it.
+
+    Returns:
+      A function from a leaf to the clipped leaf.
+    """
+    del scale
+
+    def clip(leaf: Leaf) -> Leaf:
+        if jnp.iscomplexobj(leaf):
+            modulus = jnp.abs(leaf)
+            bound = threshold.astype(modulus.dtype)
+            return rescale(bound, clip_scale(modulus, bound))(leaf)
+        # 8-bit floats cannot hold every bound, and some of them no infinity.
+        wide = widen(leaf, threshold.dtype) if leaf.itemsize == 1 else leaf
+        bound = threshold.astype(wide.dtype)
+        return jnp.clip(wide, -bound, bound).astype(leaf.dtype)
+
+    return clip
+
+
+def clip_by(
+    norm: Norm,
+    threshold: Threshold | Rule,
+    apply: Apply = rescale,
+    *,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips updates whose norm exceeds a threshold.
+
+    .. math:: g \leftarrow g \cdot \min(1, T / \|g\|)
+
+    Which norm (global, of each leaf, of each unit), how the threshold is chosen and
+    how it is enforced are three independent choices; each named clip is one such
+    choice.
+
+    Args:
+      norm: A function from a tree of gradients to a prefix tree of norms: each norm
+        is broadcast against the leaves below it.
+      threshold: A number, an array or a schedule (see :func:`optaxclip.constant`), or
+        a rule: an ``optax.GradientTransformation`` from norms to thresholds, whose
+        ``params`` are the norms of the parameters. Rules compose:
+        ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold.
+      apply: :func:`rescale` (the default) or :func:`clamp`.
+      axis_name: Which leaves are shares where types cannot tell, handed to ``norm``,
+        see :func:`optaxclip.global_norm`.
+
+    Returns:
+      A transformation with :class:`ClipState`. It keeps the structure, shapes, dtypes
+      and shardings of the updates. Norms, thresholds and scales are float32 (float64
+      for float64 leaves), and updates are rounded once, to their own dtype.
+
+      ==========================  ==================================================
+      norm                        result
+      ==========================  ==================================================
+      at most the threshold       the updates, bit for bit
+      0, threshold 0              zeros
+      above 0, threshold 0        zeros
+      infinite                    as optax has it: zeros, NaN where it was infinite
+      NaN                         NaN in every leaf under this norm, as optax has it
+      of an empty tree            0
+      ==========================  ==================================================
+
+      A step with a norm that is not finite leaves the memory of the rule as it was.
+      Integer, ``float0`` and PRNG-key leaves, and the fp8 statistics of Flax, pass
+      through and are not counted.
+
+    Raises:
+      ValueError: ``norm`` is no function; or, at the update, the updates have another
+        tree structure than the parameters given to ``init``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.clip_by(optaxclip.leaf_norm, 1.0)
+      >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates["w"], updates["b"])
+      [0.6 0.8] [0.5]
+    """
+    if not callable(norm):
+        raise ValueError(
+            f"`clip_by(norm=...)` must be a function of a tree, got {norm!r}. "
+            "`optax.inject_hyperparams` needs `norm` in its `static_args`."
+        )
+    rule, norm = as_rule(threshold), along(norm, axis_name)
+
+    def init(params: PyTree) -> ClipState:
+        norms = initial(norm, params)
+        return ClipState(
+            step_count=jnp.zeros((), jnp.int32),
+            clip_count=jnp.zeros((), jnp.int32),
+            nonfinite_count=jnp.zeros((), jnp.int32),
+            rule_state=rule.init(norms),
+            clip_metrics=ClipMetrics(
+                grad_norm=jax.tree.map(jnp.zeros_like, norms),
+                clip_threshold=jax.tree.map(infinite_like, norms),
+                clip_scale=jax.tree.map(jnp.ones_like, norms),
+            ),
+        )
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, ClipState]:
+        gradients, restore = split(updates)
+        like = state.clip_metrics.grad_norm
+        norms, thresholds, finite, memory = decide(
+            norm, gradients, params, like, rule, state.rule_state, extra_args
+        )
+        scales = jax.tree.map(clip_scale, norms, thresholds)
+        clipped = jax.tree.map(
+            lambda threshold, scale, under: jax.tree.map(
+                apply(threshold, scale), under
+            ),
+            thresholds,
+            scales,
+            gradients,
+        )
+        metrics = ClipMetrics(norms, thresholds, scales)
+        return restore(clipped), _record(state, memory, metrics, finite)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_scale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    """min(1, threshold / norm), 1 for 0 / 0, with finite derivatives everywhere."""
+    within = norm <= threshold
+    return jnp.where(within, 1, threshold / jnp.where(within, 1, norm))
+
+
+def _is_one(scale: jax.Array) -> jax.Array:
+    return scale >= 1
+
+
+def _record(
+    state: ClipState, rule_state: PyTree, metrics: ClipMetrics, finite: jax.Array
+) -> ClipState:
+    # A scale that underflowed to 0 wiped its leaves out: as bad as a norm of infinity.
+    thresholds, scales = metrics.clip_threshold, metrics.clip_scale
+    usable = finite & all_of(lambda s, t: (s > 0) | (t == 0), scales, thresholds)
+    unchanged = all_of(_is_one, scales)
+    return ClipState(
+        step_count=count_if(True, state.step_count),
+        clip_count=count_if(usable & ~unchanged, state.clip_count),
+        nonfinite_count=count_if(~usable, state.nonfinite_count),
+        rule_state=rule_state,
+        clip_metrics=metrics,
+    )

@@ -1,0 +1,289 @@
+"""Skipping: the dual of clipping, with the same two slots.
+
+Zeroed gradients are not a skip: momentum still moves the parameters, decay still
+shrinks them, and NaN times zero is NaN. A skipped step leaves the inner state as it
+was, bit for bit.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip._kernel.decide import all_of, count_if, decide, infinite_like
+from optaxclip._kernel.measure import Norm, handing_over, initial, measure
+from optaxclip._norms import (
+    AxisName,
+    along,
+    global_norm,
+    is_gradient,
+    same_on_all_devices,
+    split,
+)
+from optaxclip._thresholds import (
+    Rule,
+    Threshold,
+    as_rule,
+)
+
+PyTree = Any
+
+
+class SkipMetrics(NamedTuple):
+    """What a skip looked at in its last step: trees as the norm returns them."""
+
+    skip_norm: PyTree
+    skip_threshold: PyTree  # beyond which a step is skipped
+
+
+class SkipState(NamedTuple):
+    """State of :func:`skip_by`. Counters are int32 scalars and never wrap around."""
+
+    skip_count: jax.Array  # steps skipped since the start
+    skipped_in_a_row: jax.Array  # steps skipped since the last that was not
+    skip_nonfinite_count: jax.Array  # of the skipped, those with a norm not finite
+    skip_rule_state: PyTree  # memory of the threshold rule
+    skip_metrics: SkipMetrics  # of the last step
+    inner_state: PyTree  # as the last step that was not skipped left it
+
+
+class GuardedStep(NamedTuple):
+    """A step that owns the parameters, see :func:`guarded_step`."""
+
+    init: Callable[[PyTree], SkipState]
+    step: Callable[..., tuple[PyTree, SkipState]]
+
+
+def skip_by(
+    inner: optax.GradientTransformation,
+    norm: Norm = global_norm,
+    threshold: Threshold | Rule = jnp.inf,
+    *,
+    watch_loss: bool = False,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Skips whole steps whose norm exceeds a threshold or is not finite.
+
+    .. math:: (u, s) \leftarrow \begin{cases} \mathrm{inner}(g, s) &
+              \|g\| \le T \\ (0, s) & \text{else, NaN and infinity included}\end{cases}
+
+    Args:
+      inner: The transformation to guard: usually the whole optimizer, its clip
+        included. Anything with ``init`` and ``update``, ``optax.MultiSteps`` too.
+      norm: As in :func:`optaxclip.clip_by`; with several norms, one that exceeds its
+        threshold is enough.
+      threshold: As in :func:`optaxclip.clip_by`. The rule remembers skipped norms as
+        it sees fit, so that one which rises with what it sees lets training go on at a
+        new level; norms that are not finite it never sees.
+      watch_loss: Holds the loss to the same rule, by a memory of its own: pass it as
+        ``update(updates, state, params, loss=loss)``. A loss that is not finite skips
+        the step too. Meant for positive losses and adaptive rules.
+      axis_name: As in :func:`optaxclip.clip_by`.
+
+    Returns:
+      A transformation with :class:`SkipState`. After a skip the updates are zeros of
+      the dtypes that ``inner`` returns, and ``inner_state`` is bit for bit what it was:
+      counts, moments, schedules. ``float0`` and PRNG-key leaves and the fp8 statistics
+      of Flax, which are no changes to add, pass through. The inner transformation is
+      not run at all (``lax.cond``), except under ``vmap``.
+
+      ==========================  ==================================================
+      norm                        result
+      ==========================  ==================================================
+      at most the threshold       what ``inner`` returns
+      above it, infinite or NaN   zeros, ``inner_state`` unchanged
+      of an empty tree            0: never skipped
+      ==========================  ==================================================
+
+    Raises:
+      ValueError: at the update, with ``watch_loss`` and without ``loss``, or with one
+        that differs between devices.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> tx = optaxclip.skip_by(optax.sgd(1.0), threshold=10.0)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for grads in [jnp.ones(2), 100 * jnp.ones(2), jnp.nan * jnp.ones(2)]:
+      ...     updates, state = tx.update(grads, state, params)
+      ...     print(updates, state.skip_count)
+      [-1. -1.] 0
+      [0. 0.] 1
+      [0. 0.] 2
+    """
+    inner = optax.with_extra_args_support(inner)
+    guard = _Guard(inner, along(norm, axis_name), as_rule(threshold), watch_loss)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, SkipState]:
+        def run(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+            return inner.update(updates, inner_state, params, **extra_args)
+
+        stay = not_made(run, updates)
+        return guard.choose(run, stay, updates, state, params, extra_args)
+
+    return optax.GradientTransformationExtraArgs(guard.init, update)
+
+
+def guarded_step(
+    inner: optax.GradientTransformation,
+    norm: Norm = global_norm,
+    threshold: Threshold | Rule = jnp.inf,
+    *,
+    watch_loss: bool = False,
+    axis_name: AxisName = None,
+) -> GuardedStep:
+    r"""The step of :func:`skip_by` and ``optax.apply_updates`` in one, and cheaper.
+
+    A transformation has to return updates, so a skip has to write zeros and the loop
+    to add them. Where a loop owns its parameters it need not: this function takes
+    parameters and gives parameters, and a skipped step touches neither them nor the
+    state.
+
+    Args:
+      inner: As in :func:`skip_by`.
+      norm: As in :func:`skip_by`.
+      threshold: As in :func:`skip_by`.
+      watch_loss: As in :func:`skip_by`.
+      axis_name: As in :func:`optaxclip.clip_by`.
+
+    Returns:
+      A pair of functions. ``init(params)`` gives the :class:`SkipState` that
+      :func:`skip_by` gives, and :func:`optaxclip.metrics` reads.
+      ``step(updates, params, state, **extra_args)`` gives new parameters and a new
+      state. Donate both, and keep this order in a function of your own: JAX pairs
+      donated arguments with results of their shape by position, and moments that
+      take the place of parameters have to be copied.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> guarded = optaxclip.guarded_step(optax.sgd(1.0))
+      >>> params = jnp.zeros(2)
+      >>> state = guarded.init(params)
+      >>> for grads in [jnp.ones(2), jnp.nan * jnp.ones(2)]:
+      ...     params, state = guarded.step(grads, params, state)
+      ...     print(params, state.skip_count)
+      [-1. -1.] 0
+      [-1. -1.] 1
+    """
+    inner = optax.with_extra_args_support(inner)
+    guard = _Guard(inner, along(norm, axis_name), as_rule(threshold), watch_loss)
+
+    def step(
+        updates: PyTree, params: PyTree, state: Any, **extra_args: Any
+    ) -> tuple[PyTree, SkipState]:
+        def run(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+            changes, new = inner.update(updates, inner_state, params, **extra_args)
+            return optax.apply_updates(params, changes), new
+
+        def stay(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+            return params, inner_state
+
+        return guard.choose(run, stay, updates, state, params, extra_args)
+
+    return GuardedStep(guard.init, step)
+
+
+class _Guard(NamedTuple):
+    """What decides on a skip, and remembers."""
+
+    inner: optax.GradientTransformationExtraArgs
+    norm: Norm
+    rule: optax.GradientTransformationExtraArgs
+    watch_loss: bool
+
+    def init(self, params: PyTree) -> SkipState:
+        norms = initial(self._norm(jnp.zeros((), jnp.float32)), params)
+        return SkipState(
+            skip_count=jnp.zeros((), jnp.int32),
+            skipped_in_a_row=jnp.zeros((), jnp.int32),
+            skip_nonfinite_count=jnp.zeros((), jnp.int32),
+            skip_rule_state=self.rule.init(norms),
+            skip_metrics=SkipMetrics(
+                skip_norm=jax.tree.map(jnp.zeros_like, norms),
+                skip_threshold=jax.tree.map(infinite_like, norms),
+            ),
+            inner_state=self.inner.init(params),
+        )
+
+    def choose(
+        self,
+        run: Callable[[PyTree], tuple[PyTree, PyTree]],
+        stay: Callable[[PyTree], tuple[PyTree, PyTree]],
+        updates: PyTree,
+        state: SkipState,
+        params: PyTree,
+        extra_args: dict[str, Any],
+    ) -> tuple[PyTree, SkipState]:
+        """What ``run(inner_state)`` gives, or on a bad step ``stay(inner_state)``."""
+        gradients = split(updates).gradients
+        norms, thresholds, finite, memory = decide(
+            self._norm(extra_args.get("loss")),
+            gradients,
+            params,
+            state.skip_metrics.skip_norm,
+            self.rule,
+            state.skip_rule_state,
+            extra_args,
+        )
+        good = finite & all_of(operator.le, norms, thresholds)
+        with handing_over(
+            self.norm, gradients, norms["grad_norm"] if self.watch_loss else norms
+        ):
+            result, inner_state = jax.lax.cond(good, run, stay, state.inner_state)
+        in_a_row = jnp.where(good, 0, count_if(~good, state.skipped_in_a_row))
+        return result, SkipState(
+            skip_count=count_if(~good, state.skip_count),
+            skipped_in_a_row=in_a_row,
+            skip_nonfinite_count=count_if(~finite, state.skip_nonfinite_count),
+            skip_rule_state=memory,
+            skip_metrics=SkipMetrics(norms, thresholds),
+            inner_state=inner_state,
+        )
+
+    def _norm(self, loss: Any) -> Norm:
+        if not self.watch_loss:
+            return self.norm
+        if loss is None:
+            raise ValueError(
+                "`skip_by(watch_loss=True)` compares losses, but `loss` is None: call "
+                "`update(updates, state, params, loss=loss)`."
+            )
+        scalar = same_on_all_devices("loss", loss).astype(jnp.float32)
+        return lambda tree: {"grad_norm": measure(self.norm, tree), "loss": scalar}
+
+
+def not_made(
+    run: Callable[[PyTree], tuple[PyTree, PyTree]], updates: PyTree
+) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
+    """The other branch of a step ``run``: zeros as it would return, the state as is."""
+
+    def stay(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+        like, _ = jax.eval_shape(run, inner_state)
+        return jax.tree_util.tree_map_with_path(_zeros, updates, like), inner_state
+
+    return stay
+
+
+def without_loss(state: SkipState) -> SkipState:
+    """The state with the metrics of the gradients alone."""
+    norms, thresholds = state.skip_metrics
+    if not isinstance(norms, dict) or norms.keys() != {"grad_norm", "loss"}:
+        return state
+    metrics = SkipMetrics(norms["grad_norm"], thresholds["grad_norm"])
+    return state._replace(skip_metrics=metrics)
+
+
+def _zeros(path: tuple[Any, ...], update: Any, like: Any) -> Any:
+    is_integer = jnp.issubdtype(jnp.result_type(update), jnp.integer)
+    if is_gradient(path, update) or is_integer:
+        return jnp.zeros_like(like)  # varies, and is sharded, as what it stands for
+    return update

@@ -1,0 +1,79 @@
+"""Which leaves of a tree are gradients, and taking the others out of the way.
+
+Clipping must neither count nor touch leaves that are not gradients: integers,
+booleans, ``float0`` (the gradient of an integer), PRNG keys, and the fp8 statistics
+that Flax keeps under ``_overwrite_with_gradient``, whose "gradient" is their next
+value. ``None`` and ``optax.MaskedNode`` are no leaves at all in JAX.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+_OVERWRITTEN = "_overwrite_with_gradient"
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Spells a key path as ``layer/0/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_gradient(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a leaf is to be counted and clipped."""
+    if any(getattr(entry, "key", None) == _OVERWRITTEN for entry in path):
+        return False
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, float | complex)
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+class Split(NamedTuple):
+    """A tree in two: its gradients, and a way to put the rest back."""
+
+    gradients: PyTree  # as the tree, with `MaskedNode` where a leaf is no gradient
+    restore: Callable[[PyTree], PyTree]  # undoes the split
+
+
+def split(tree: PyTree) -> Split:
+    """Separates the gradients of ``tree`` from its other leaves."""
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    keep = [is_gradient(path, leaf) for path, leaf in paths_and_leaves]
+    leaves = [leaf for _, leaf in paths_and_leaves]
+
+    def restore(gradients: PyTree) -> PyTree:
+        new = iter(jax.tree.leaves(gradients))
+        pairs = zip(leaves, keep, strict=True)
+        return treedef.unflatten([next(new) if k else leaf for leaf, k in pairs])
+
+    only = [
+        jnp.asarray(leaf) if k else optax.MaskedNode()
+        for leaf, k in zip(leaves, keep, strict=True)
+    ]
+    return Split(treedef.unflatten(only), restore)
+
+
+def accumulator(*dtypes: Any) -> Any:
+    """The dtype in which statistics of these dtypes are kept: float32, or float64."""
+    wide = any(jnp.finfo(dtype).dtype == jnp.float64 for dtype in dtypes)
+    return jnp.float64 if wide else jnp.float32
+
+
+def widen(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """Casts a leaf to the accumulator ``dtype``, or to its complex counterpart."""
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+    return leaf.astype(dtype)
+
+
+def scaled(leaf: jax.Array, scale: jax.Array) -> jax.Array:
+    """A leaf times a real scale, in the scale's dtype or its complex counterpart."""
+    wide = widen(leaf, scale.dtype)
+    if jnp.iscomplexobj(leaf):
+        return jax.lax.complex(wide.real * scale, wide.imag * scale)
+    return wide * scale

@@ -1,0 +1,52 @@
+"""The max-norm: NaN where there is one, on every device, and differentiable.
+
+Between devices a maximum of floats may lose a NaN (XLA for CPU does), so that one
+device clips and another does not. As integers the bits of numbers that are not negative
+have the order of the numbers, with infinity above all of them and NaN above infinity.
+XLA for CPU writes the integers out before it reduces them, so on a single device floats
+it is. Integers have no derivative, and `lax.pmax` has none, so that of the maximum is
+given: the mean over its places.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optaxclip._norms.shares import MeshAxes, reduce_max, reduce_sum
+
+ArrayAxes = tuple[int, ...] | None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def largest(modulus: jax.Array, axis: ArrayAxes, share: MeshAxes) -> jax.Array:
+    """The largest of numbers that are not negative, over ``axis`` or all; 0 of none."""
+    keepdims = axis is not None
+    if jax.device_count() == 1:
+        top = jnp.max(modulus, axis=axis, keepdims=keepdims, initial=0)
+        return reduce_max(top, share)
+    integer = jnp.int64 if modulus.dtype == jnp.float64 else jnp.int32
+    bits = lax.bitcast_convert_type(modulus, integer)
+    bits &= jnp.iinfo(integer).max  # a NaN may have a sign
+    top = jnp.max(bits, axis=axis, keepdims=keepdims, initial=0)
+    return lax.bitcast_convert_type(reduce_max(top, share), modulus.dtype)
+
+
+@largest.defjvp
+def _largest_jvp(
+    axis: ArrayAxes,
+    share: MeshAxes,
+    primals: tuple[jax.Array],
+    tangents: tuple[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    (modulus,), (direction,) = primals, tangents
+    norm = largest(modulus, axis, share)
+    here = modulus == norm
+
+    def total(x: jax.Array) -> jax.Array:
+        x = jnp.sum(x, axis=axis, keepdims=axis is not None)
+        return reduce_sum(x, share)
+
+    places = total(here.astype(norm.dtype))
+    return norm, total(jnp.where(here, direction, 0)) / jnp.maximum(places, 1)

@@ -1,0 +1,258 @@
+"""The flight recorder: the last steps of a clip, on device, without a host sync."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import _checks
+from optaxclip._kernel import (
+    ClipState,
+    SkipState,
+    count_if,
+    find,
+    handing_over,
+    initial,
+    measure,
+    without_loss,
+)
+from optaxclip._norms import (
+    AxisName,
+    along,
+    leaf_norm,
+    same_on_all_devices,
+    split,
+)
+from optaxclip._state.metrics import of_clip, of_skip
+from optaxclip._transforms import LossScaleState
+
+PyTree = Any
+
+
+class History(NamedTuple):
+    """Ring buffers of ``length`` steps: what was done in step s is at s % length."""
+
+    history_norm: jax.Array  # before clipping; NaN or infinite on a bad step
+    history_threshold: jax.Array  # infinite where nothing bounds
+    history_scale: jax.Array  # what the step was multiplied by; 0 of a skipped step
+    history_loss: jax.Array  # as passed to `update(..., loss=)`, else NaN
+    history_clipped: jax.Array  # bool
+    history_skipped: jax.Array  # bool
+    history_leaf_norms: PyTree  # one buffer a leaf, or ()
+
+
+class HistoryState(NamedTuple):
+    """State of :func:`record_history`."""
+
+    history_count: jax.Array  # int32, steps recorded since the start
+    history: History
+    inner_state: PyTree
+
+
+def record_history(
+    inner: optax.GradientTransformation,
+    length: int = 1000,
+    leaf_norms: bool = False,
+    *,
+    clip: str | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps what a clip did in its last steps, for the host to read now and then.
+
+    A row a step: norm, threshold, scale, whether it was clipped or skipped, the loss if
+    it is passed as ``update(..., loss=loss)``, the norm of every leaf if asked. Rows
+    stand in buffers of a fixed size on the device; nothing is sent to the host, and
+    nothing waits for it. Read them every ``length`` steps or oftener and none is lost;
+    :class:`optaxclip.audit.ClipLog` does, and writes them to a file.
+
+    Args:
+      inner: The transformation that holds the clip, its skips included: usually the
+        whole optimizer. The last steps are those of the clip: inside
+        ``optax.MultiSteps`` or around it, one row a real step, and one a skipped one.
+      length: The number of steps to keep, at least 1.
+      leaf_norms: Also keeps the 2-norm of every leaf of the updates that come in: a
+        buffer of ``length`` floats a leaf, and no further read of the gradients where
+        the clip measures the same leaves, by their global norm or their leaf norms.
+        Around a :func:`dynamic_loss_scale` they are those of the scaled loss.
+      clip: Which of several clips in ``inner``: the prefix that
+        :func:`optaxclip.metrics` gives its keys. A clip with several norms is recorded
+        by the one that exceeds its threshold most, as there.
+      axis_name: As in :func:`optaxclip.clip_by`, for ``leaf_norms``.
+
+    Returns:
+      A transformation with :class:`HistoryState`. The updates are those of ``inner``.
+
+      ====================  ========================================================
+      step                  row
+      ====================  ========================================================
+      ordinary              norm, threshold and scale of the clip
+      with a norm of NaN    the same; clipped is False
+      skipped               norm and threshold of the skip, scale 0; clipped is False
+      with an overflow      norm and threshold infinite, scale 0: skipped by
+                            :func:`dynamic_loss_scale`
+      with no clip inside   norm and threshold of the skip, scale 1
+      of a micro-batch      none
+      ====================  ========================================================
+
+    Raises:
+      ValueError: ``length`` is no integer of at least 1; or, at ``init``, ``inner``
+        holds no clip and no skip, or several clips and ``clip`` names none of them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> tx = optaxclip.record_history(
+      ...     optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1)), length=3
+      ... )
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for grad in [0.5, 2.0, 4.0, 0.1]:
+      ...     updates, state = tx.update(jnp.array([grad]), state)
+      >>> print(state.history_count, state.history.history_norm)
+      4 [0.1 2.  4. ]
+    """
+    inner = optax.with_extra_args_support(inner)
+    per_leaf = along(leaf_norm, axis_name)
+    _checks.count("record_history", "length", length)
+
+    def init(params: PyTree) -> HistoryState:
+        inner_state = inner.init(params)
+        norms = initial(per_leaf, params) if leaf_norms else ()
+        entries = _entries(_row(inner_state, inner_state, clip), jnp.nan, norms)
+        history = jax.tree.map(lambda x: jnp.zeros((length,), x.dtype), entries)
+        return HistoryState(jnp.zeros((), jnp.int32), history, inner_state)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, HistoryState]:
+        gradients = split(updates).gradients
+        norms = measure(per_leaf, gradients) if leaf_norms else ()
+        known = handing_over(per_leaf, gradients, norms)
+        with known if leaf_norms else contextlib.nullcontext():
+            updates, inner_state = inner.update(
+                updates, state.inner_state, params, **extra_args
+            )
+        row = _row(state.inner_state, inner_state, clip)
+        loss = extra_args.get("loss")
+        loss = jnp.nan if loss is None else same_on_all_devices("loss", loss)
+        write = functools.partial(_write, state.history_count % length, row.is_step)
+        entries = _entries(row, loss, norms)
+        history = jax.tree.map(write, state.history, entries)
+        count = count_if(row.is_step, state.history_count)
+        return updates, HistoryState(count, history, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Row(NamedTuple):
+    """A step as the states tell it: scalars."""
+
+    is_step: jax.Array  # whether there is anything to record
+    norm: jax.Array
+    threshold: jax.Array
+    scale: jax.Array
+    clipped: jax.Array
+    skipped: jax.Array
+
+
+def _row(before: PyTree, after: PyTree, clip: str | None) -> _Row:
+    """What was done between two states of the inner transformation."""
+    row, skips = _clip_row(before, after, clip), list(_skip_rows(before, after))
+    overflows = list(_overflow_rows(before, after))
+    if row is None and not skips:
+        raise ValueError(
+            "`record_history(inner=...)` must hold a clip or a skip of optaxclip, got "
+            f"the state {jax.tree.structure(after)}."
+        )
+    if row is None:  # then the skip's norm is all there is
+        is_step, no = jnp.ones((), bool), jnp.zeros((), bool)
+        row = skips[0]._replace(is_step=is_step, scale=jnp.float32(1), skipped=no)
+    for skip in skips + overflows:
+        row = jax.tree.map(functools.partial(_select, skip.skipped), skip, row)
+    return row
+
+
+def _select(which: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    return jnp.where(which, yes.astype(no.dtype), no)
+
+
+def _clip_row(before: PyTree, after: PyTree, clip: str | None) -> _Row | None:
+    states = find.named(after, ClipState)
+    if len(states) < 2:
+        if clip is not None:
+            raise ValueError(
+                "`record_history(clip=...)` must be None where `inner` holds "
+                f"{'one clip' if states else 'no clip'}, got {clip!r}."
+            )
+        names = list(states)
+    else:
+        names = [name for name in states if name == f"{clip}/"]
+        if not names:
+            raise ValueError(
+                "`record_history(clip=...)` must be one of "
+                f"{[name.removesuffix('/') for name in states]}, got {clip!r}."
+            )
+    if not names:
+        return None
+    old, new = find.named(before, ClipState)[names[0]], states[names[0]]
+    worst = of_clip(new, per_leaf=False)
+    return _Row(
+        is_step=new.step_count != old.step_count,
+        norm=worst["grad_norm"],
+        threshold=worst["clip_threshold"],
+        scale=worst["clip_scale"],
+        clipped=new.clip_count != old.clip_count,
+        skipped=jnp.zeros((), bool),
+    )
+
+
+def _skip_rows(before: PyTree, after: PyTree) -> Iterator[_Row]:
+    earlier = find.named(before, SkipState)
+    for name, new in find.named(after, SkipState).items():
+        worst = of_skip(without_loss(new))
+        skipped = new.skip_count != earlier[name].skip_count
+        yield _Row(
+            is_step=skipped,
+            norm=worst["skip_norm"],
+            threshold=worst["skip_threshold"],
+            scale=jnp.float32(0),
+            clipped=jnp.zeros((), bool),
+            skipped=skipped,
+        )
+
+
+def _overflow_rows(before: PyTree, after: PyTree) -> Iterator[_Row]:
+    earlier = find.named(before, LossScaleState)
+    for name, new in find.named(after, LossScaleState).items():
+        skipped = new.overflow_count != earlier[name].overflow_count
+        yield _Row(
+            is_step=skipped,
+            norm=jnp.float32(jnp.inf),
+            threshold=jnp.float32(jnp.inf),
+            scale=jnp.float32(0),
+            clipped=jnp.zeros((), bool),
+            skipped=skipped,
+        )
+
+
+def _entries(row: _Row, loss: jax.typing.ArrayLike, leaf_norms: PyTree) -> History:
+    dtype = row.norm.dtype
+    return History(
+        history_norm=row.norm,
+        history_threshold=row.threshold.astype(dtype),
+        history_scale=row.scale.astype(dtype),
+        history_loss=jnp.asarray(loss).astype(dtype),
+        history_clipped=row.clipped,
+        history_skipped=row.skipped,
+        history_leaf_norms=leaf_norms,
+    )
+
+
+def _write(
+    at: jax.Array, is_step: jax.Array, buffer: jax.Array, entry: jax.Array
+) -> jax.Array:
+    return buffer.at[at].set(jnp.where(is_step, entry, buffer[at]))

@@ -1,0 +1,225 @@
+"""Reading what the clips, skips and loss scales in an optimizer state did."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._kernel import (
+    ClipState,
+    SkipState,
+    clip_scale,
+    find,
+)
+from optaxclip._norms import largest
+from optaxclip._transforms import LossScaleState
+
+PyTree = Any
+
+
+def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array]:
+    r"""What the clips and skips of an optimizer did, as flat scalars for any logger.
+
+    Args:
+      opt_state: Any pytree that holds clips, skips or a loss scale: the state of
+        ``optax.chain``, ``named_chain``, ``masked``, ``partition``, ``MultiSteps`` or
+        ``inject_hyperparams``, a Flax ``TrainState``, or an ``nnx.Optimizer``.
+      per_leaf: Adds the first four keys below once more for every leaf of a clip
+        that has several norms, as ``grad_norm/<path>`` and so on: of the leaf, or of
+        that unit of it which exceeds its threshold most.
+
+    Returns:
+      A dict of float32 and int32 scalars (float64 where a clip works in it), on
+      device, with these keys:
+
+      =========================  ====================================================
+      ``grad_norm``              the norm before clipping
+      ``clipped_grad_norm``      the norm after clipping: min(norm, threshold), and
+                                 of no meaning where the norm is not finite
+      ``clip_threshold``         the threshold it was held to
+      ``clip_scale``             what the update was multiplied by, in [0, 1]
+      ``clipped_norm_fraction``  the share of norms above their threshold, in [0, 1]
+      ``step_count``             updates since the start
+      ``clip_count``             updates in which a finite norm was clipped
+      ``nonfinite_count``        updates with a norm that was NaN or infinite
+      ``clip_fraction``          ``clip_count / step_count``, 0 before the first step
+      =========================  ====================================================
+
+      A skip adds five more:
+
+      =========================  ====================================================
+      ``skip_norm``              the norm that decided
+      ``skip_threshold``         the threshold it was held to
+      ``skip_count``             steps skipped since the start
+      ``skipped_in_a_row``       steps skipped since the last that was not
+      ``skip_nonfinite_count``   of the skipped, those with a norm not finite
+      =========================  ====================================================
+
+      And :func:`optaxclip.dynamic_loss_scale` two:
+
+      =========================  ====================================================
+      ``loss_scale``             what the next loss is to be multiplied by
+      ``overflow_count``         steps skipped because a gradient overflowed
+      =========================  ====================================================
+
+      A clip inside either is not run on a skipped step, so that it tells of the last
+      step that was made.
+
+      Counters tell of all updates, other values of the last. A clip with several norms
+      (of leaves, of units) reports the one that exceeds its threshold most, so that
+      ``clip_scale`` is the smallest scale. Before the first update the norm is 0, the
+      threshold infinite and the scale 1.
+
+      *Names.* A single clip has no prefix. With several, each key is prefixed by
+      where its clip stands: the keys of ``named_chain`` and ``partition`` and the
+      positions in ``chain``, from the outside in, joined by ``/``:
+      ``before/grad_norm``, ``0/grad_norm``, ``1/0/grad_norm``; clips, skips and
+      loss scales are counted apart. Wrappers add nothing, unless two clips would share
+      a name; then every attribute on the way is named.
+
+      *Stacked states.* In a state stacked by ``vmap`` or ``pmap`` every value has the
+      leading axes of the stack.
+
+    Raises:
+      ValueError: the state holds none of them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.adam(1e-3))
+      >>> params = {"w": jnp.array([3.0, 4.0])}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> for name, value in optaxclip.metrics(state).items():
+      ...     print(f"{name:21} {value:g}")
+      grad_norm             5
+      clipped_grad_norm     1
+      clip_threshold        1
+      clip_scale            0.2
+      clipped_norm_fraction 1
+      step_count            1
+      clip_count            1
+      nonfinite_count       0
+      clip_fraction         1
+    """
+    opt_state = getattr(opt_state, "opt_state", opt_state)
+    kinds = (ClipState, SkipState, LossScaleState)
+    states = [find.named(opt_state, kind) for kind in kinds]
+    if not any(states):
+        raise ValueError(
+            "`metrics(opt_state=...)` must hold the state of an optaxclip "
+            f"transformation, got {jax.tree.structure(opt_state)}."
+        )
+    report = {}
+    for prefix, state in itertools.chain(*(found.items() for found in states)):
+        values = _unstacked(state, per_leaf)
+        report |= {f"{prefix}{name}": value for name, value in values.items()}
+    return report
+
+
+def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
+    names: list[str] = []
+
+    def values(state: Any) -> list[jax.Array]:
+        if isinstance(state, LossScaleState):
+            report = _of_loss_scale(state)
+        elif isinstance(state, SkipState):
+            report = of_skip(state)
+        else:
+            report = of_clip(state, per_leaf)
+        names[:] = report  # which vmap would return sorted
+        return list(report.values())
+
+    for _ in range(jnp.ndim(state[0])):  # stacked by vmap or pmap
+        values = jax.vmap(values)
+    return dict(zip(names, values(state), strict=True))
+
+
+def of_skip(state: SkipState) -> dict[str, jax.Array]:
+    """What a skip looked at, and how often it skipped."""
+    metrics = (jax.tree.leaves(tree) for tree in state.skip_metrics)
+    worst = _worst(_stacked([_worst(_Row(*row)) for row in zip(*metrics, strict=True)]))
+    return {
+        "skip_norm": worst.norm,
+        "skip_threshold": worst.threshold,
+        "skip_count": state.skip_count,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "skip_nonfinite_count": state.skip_nonfinite_count,
+    }
+
+
+def _of_loss_scale(state: LossScaleState) -> dict[str, jax.Array]:
+    return {"loss_scale": state.loss_scale, "overflow_count": state.overflow_count}
+
+
+def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
+    """What a clip did, by its worst norm, and if asked by leaf."""
+    norms, thresholds, _ = state.clip_metrics
+    paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(norms)
+    paths = [path for path, _ in paths_and_norms]
+    rows = [
+        _Row(norm, threshold)
+        for (_, norm), threshold in zip(
+            paths_and_norms, treedef.flatten_up_to(thresholds), strict=True
+        )
+    ]
+    worst = [_worst(row) for row in rows]
+    exceeding = sum((jnp.sum(row.norm > row.threshold) for row in rows), jnp.int32(0))
+    report = {
+        **_values(_worst(_stacked(worst))),
+        "clipped_norm_fraction": exceeding / max(sum(row.norm.size for row in rows), 1),
+        "step_count": state.step_count,
+        "clip_count": state.clip_count,
+        "nonfinite_count": state.nonfinite_count,
+        "clip_fraction": state.clip_count / jnp.maximum(state.step_count, 1),
+    }
+    if per_leaf and any(paths):  # a norm without a path is the only one
+        for name, row in zip(find.unique([paths]), worst, strict=True):
+            report |= _values(row, f"/{name}")
+    return report
+
+
+class _Row(NamedTuple):
+    """Norms and their thresholds, of one shape."""
+
+    norm: jax.Array
+    threshold: jax.Array
+
+
+def _worst(row: _Row) -> _Row:
+    """The norm that exceeds its threshold most; where none has one, the largest.
+
+    Found by maxima alone, which, unlike indexing, work on sharded norms; by such as
+    keep NaN on the way between devices.
+    """
+    norm, threshold = row
+    if not norm.size:
+        return _Row(jnp.zeros((), norm.dtype), jnp.full((), jnp.inf, norm.dtype))
+    ratio = norm / jnp.where(threshold == 0, 1, threshold)
+    ratio = jnp.where((threshold == 0) & (norm > 0), jnp.inf, ratio)
+    ratio = jnp.where(jnp.all(jnp.isinf(threshold)), norm, ratio)
+    ratio = jnp.where(jnp.isnan(ratio), jnp.inf, ratio)
+    here = ratio == jnp.max(ratio)
+    return _Row(*(largest(jnp.where(here, x, 0), None, ()) for x in row))
+
+
+def _stacked(rows: list[_Row]) -> _Row:
+    if not rows:
+        return _Row(jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32))
+    dtype = jnp.result_type(*(row.norm.dtype for row in rows))
+    return _Row(
+        *(
+            jnp.stack([x.astype(dtype) for x in column])
+            for column in zip(*rows, strict=True)
+        )
+    )
+
+
+def _values(row: _Row, suffix: str = "") -> dict[str, jax.Array]:
+    return {
+        f"grad_norm{suffix}": row.norm,
+        f"clipped_grad_norm{suffix}": jnp.minimum(row.norm, row.threshold),
+        f"clip_threshold{suffix}": row.threshold,
+        f"clip_scale{suffix}": clip_scale(*row),
+    }

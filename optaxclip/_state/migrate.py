@@ -1,0 +1,233 @@
+"""Carrying the state of an optimizer over to one with other clips."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip._kernel import ClipState, SkipState
+from optaxclip._norms import path_name
+from optaxclip._state.history import HistoryState
+from optaxclip._transforms import LossScaleState
+
+PyTree = Any
+
+# The states that are this package's own, whole but for an `inner_state`. The first two
+# fields of each are arrays; nothing else has both names.
+_OWN = (ClipState, SkipState, LossScaleState, HistoryState)
+
+# On a path, the step from an own state to its `inner_state`: told apart by identity
+# from the attribute of that name which wrappers of optax have.
+_INSIDE = jax.tree_util.GetAttrKey("inner_state")
+
+
+def migrate_state(
+    old_state: PyTree, tx: optax.GradientTransformation, params: PyTree
+) -> PyTree:
+    """Takes an optimizer's state over into one that clips or skips otherwise.
+
+    For a checkpoint made with optax's clips or with none, with another window or
+    another clip, with or without a skip: the optimizer's moments, counts and schedules
+    go on, and so do the clips and skips that stayed the same; what is new starts fresh.
+
+    Leaves are paired by the names on their paths. Positions in sequences are no names,
+    nor are keys made of digits, and skips and clips do not count, so that a clip may be
+    put in front; leaves of one name are paired in their order. Two of one name and
+    shape that changed places can't be told apart: use ``optax.named_chain`` where that
+    may happen, and no digits for parameters that come and go.
+
+    Args:
+      old_state: The old optimizer's state, as it was or as nested dicts and lists, into
+        which Orbax (without a target) and ``flax.serialization`` turn it.
+      tx: The new optimizer: the old one but for the clips and skips in it.
+      params: The parameters, as for ``tx.init``.
+
+    Returns:
+      ``tx.init(params)``, its structure, dtypes, shardings and all, with these values:
+
+      ==============================  ==============================================
+      leaf                            value
+      ==============================  ==============================================
+      of the optimizer                that of ``old_state``
+      of a clip or skip               that of ``old_state`` if all leaves of this clip
+                                      or skip have their shape and dtype, else fresh
+      of several clips that look      those of ``old_state`` if there are as many,
+      the same                        else all fresh
+      ==============================  ==============================================
+
+    Raises:
+      ValueError: ``old_state`` holds leaves of an optimizer that the new state does not
+        hold, or lacks some, or has them in another shape or dtype. Where a wrapper was
+        taken off, give what it held: ``old_state.inner_state`` for the state of
+        ``optax.apply_if_finite``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> params = jnp.zeros(2)
+      >>> sgd = optax.sgd(0.1, momentum=0.9)
+      >>> old = optax.chain(optax.clip_by_global_norm(1.0), sgd)
+      >>> _, old_state = old.update(jnp.array([0.3, 0.4]), old.init(params))
+      >>> tx = optax.chain(optaxclip.clip_by_percentile(95), sgd)
+      >>> state = optaxclip.migrate_state(old_state, tx, params)
+      >>> print(optax.tree.get(state, "trace"), state[0].step_count)
+      [0.3 0.4] 0
+    """
+    fresh = tx.init(params)
+    targets = list(_entries(fresh, ()))
+    old, new = _grouped(_entries(old_state, ())), _grouped(targets)
+    _check_optimizer(old, new)
+    source = {}
+    for key, entries in new.items():
+        if len(old.get(key, ())) == len(entries):
+            pairs = zip(entries, old[key], strict=True)
+            source |= {id(target): found.node for target, found in pairs}
+    return _rebuilt(fresh, (source.get(id(target)) for target in targets))
+
+
+class _Entry(NamedTuple):
+    """A leaf of an optimizer, or an own state."""
+
+    path: tuple[Any, ...]
+    node: Any
+    form: Any  # of an own state: what another must have to take its place
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal for entries that may be paired."""
+        path = [entry for entry in self.path if entry is not _INSIDE]
+        return tuple(x for x in _spelled(path) if isinstance(x, str)), self.form
+
+    def place(self) -> list[tuple[bool, Any]]:
+        """The path as something to sort by; strings and integers do not compare."""
+        return [(isinstance(x, str), x) for x in _spelled(self.path)]
+
+
+def _entries(tree: PyTree, at: tuple[Any, ...]) -> Iterator[_Entry]:
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_own)
+    for path, node in nodes:
+        if not _is_own(node):
+            yield _Entry(at + path, node, None)
+            continue
+        parts = {key: _shape_and_dtype(x) for key, x in _parts(node).items()}
+        yield _Entry(at + path, node, (_kind(node), frozenset(parts.items())))
+        yield from _entries(_fields(node).get("inner_state"), (*at, *path, _INSIDE))
+
+
+def _kind(node: Any) -> type | None:
+    """Which own state this is, as it was made or as a dict of its fields."""
+    for kind in _OWN:
+        # Empty fields may be lost: Flax NNX keeps none of them.
+        as_dict = isinstance(node, Mapping) and (
+            set(kind._fields[:2]) <= set(node) <= set(kind._fields)
+        )
+        if isinstance(node, kind) or as_dict:
+            return kind
+    return None
+
+
+def _is_own(node: Any) -> bool:
+    return _kind(node) is not None
+
+
+def _fields(own: Any) -> dict[str, Any]:
+    return dict(own) if isinstance(own, Mapping) else own._asdict()
+
+
+def _parts(own: Any) -> dict[tuple[Any, ...], Any]:
+    """The leaves of an own state by their paths, those of its inner state left out."""
+    fields = _fields(own) | {"inner_state": None}
+    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(fields)
+    return {_spelled(path): leaf for path, leaf in paths_and_leaves}
+
+
+def _spelled(path: Any) -> tuple[str | int, ...]:
+    """A path in strings and, for positions, integers, however containers were saved."""
+    words = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+    while words and words[-1] == "value":  # the inside of a variable of Flax NNX
+        words.pop()
+    return tuple(int(word) if word.isdecimal() else word for word in words)
+
+
+def _grouped(entries: Any) -> dict[tuple[Any, ...], list[_Entry]]:
+    groups = {}
+    for entry in sorted(entries, key=_Entry.place):
+        groups.setdefault(entry.key(), []).append(entry)
+    return groups
+
+
+def _check_optimizer(
+    old: dict[Any, list[_Entry]], new: dict[Any, list[_Entry]]
+) -> None:
+    lost, missing, changed = [], [], []
+    for key in old | new:
+        if key[1] is not None:  # an own state
+            continue
+        before, after = old.get(key, []), new.get(key, [])
+        lost += [path_name(entry.path) for entry in before[len(after) :]]
+        missing += [path_name(entry.path) for entry in after[len(before) :]]
+        for x, y in zip(before, after, strict=False):
+            was, needed = _shape_and_dtype(x.node), _shape_and_dtype(y.node)
+            if was != needed:
+                changed.append(f"{path_name(y.path)} ({was} for {needed})")
+    differences = {
+        "leaves that the new state has no place for": lost,
+        "none for these of the new state": missing,
+        "another shape or dtype": changed,
+    }
+    if any(differences.values()):
+        got = "; ".join(f"{k}: {_listed(v)}" for k, v in differences.items() if v)
+        raise ValueError(
+            "`migrate_state(old_state=...)` must be a state of the optimizer in `tx`, "
+            f"clips and skips of optaxclip aside, got {got}."
+        )
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join(names[:most] + more)
+
+
+def _shape_and_dtype(leaf: Any) -> str:
+    dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+    return f"{dtype}{list(np.shape(leaf))}"
+
+
+def _rebuilt(tree: PyTree, sources: Iterator[Any]) -> PyTree:
+    """The tree with values from the next sources, where they are not ``None``."""
+
+    def take(node: Any) -> Any:
+        source = next(sources)
+        if not _is_own(node):
+            return node if source is None else _placed(source, node)
+        if source is not None:
+            node = _refilled(node, _parts(source))
+        if not hasattr(node, "inner_state"):
+            return node
+        return node._replace(inner_state=_rebuilt(node.inner_state, sources))
+
+    return jax.tree.map(take, tree, is_leaf=_is_own)
+
+
+def _refilled(own: Any, parts: dict[tuple[Any, ...], Any]) -> Any:
+    fields = own._asdict()
+    fields.pop("inner_state", None)
+    filled = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _placed(parts[_spelled(path)], leaf), fields
+    )
+    return own._replace(**filled)
+
+
+def _placed(old: Any, new: Any) -> Any:
+    """The old value where, and as firmly as, ``init`` placed the new one."""
+    traced = isinstance(old, jax.core.Tracer) or isinstance(new, jax.core.Tracer)
+    if traced or jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
+        return jnp.asarray(old)
+    if isinstance(new, jax.Array) and new.committed:
+        return jax.device_put(old, new.sharding)
+    # By way of the host: an array that is committed to a device stays so otherwise.
+    return jnp.array(np.asarray(old))

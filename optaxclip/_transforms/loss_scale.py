@@ -1,0 +1,261 @@
+"""Dynamic loss scaling: gradients in 16 bits that neither vanish nor overflow for long.
+
+The smallest float16 is 6e-8, and most gradients of a deep network are smaller. Those of
+a loss times 2**15 are not. Whoever multiplies has to divide, in float32 and before
+anything looks at a gradient, and has to drop the steps that overflow: all three in one
+place, around the optimizer, which sees true gradients and never a bad one.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import _checks
+from optaxclip._kernel import (
+    count_if,
+    find,
+    handing_over,
+    measure,
+    not_made,
+)
+from optaxclip._norms import (
+    AxisName,
+    accumulator,
+    along,
+    global_norm,
+    scaled,
+    split,
+)
+
+PyTree = Any
+
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**126  # whose inverses are normal float32, too
+_FOREVER = 2**31 - 1  # steps: where the counters end
+
+
+class LossScaleState(NamedTuple):
+    """State of :func:`dynamic_loss_scale`. Counters never wrap around."""
+
+    loss_scale: jax.Array  # float32 scalar: what to multiply the next loss by
+    steps_since_overflow: jax.Array  # int32 scalar: steps made since the last overflow
+    overflow_count: jax.Array  # int32 scalar: steps skipped since the start
+    inner_state: PyTree  # as the last step that was made left it
+
+
+def dynamic_loss_scale(
+    inner: optax.GradientTransformation,
+    init_scale: float = 2.0**15,
+    growth_interval: int = 2000,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    min_scale: float = 1.0,
+    max_scale: float = 2.0**24,
+    *,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Divides gradients of a scaled loss by the scale, and finds a scale that fits.
+
+    .. math:: (u, x, s) \leftarrow \begin{cases}
+              (\mathrm{inner}(g / s,\, x),\; \min(c s, s_{max})) &
+              \|g\| \text{ finite, for the } N, 2N, \dots\text{th time in a row} \\
+              (\mathrm{inner}(g / s,\, x),\; s) & \|g\| \text{ finite} \\
+              (0,\, x,\, \max(b s, s_{min})) & \text{else}\end{cases}
+
+    for a state :math:`x` of ``inner``. Multiply the loss by :func:`loss_scale`, in
+    float32, and pass the gradients as they come. It stands outermost: every clip, rule
+    and accumulator inside sees true gradients in float32, and no step that overflowed.
+    bfloat16 has the range of float32 and needs no loss scale.
+
+    Args:
+      inner: The whole optimizer: clips, ``optax.MultiSteps``, :func:`skip_spikes`.
+      init_scale: The first :math:`s`. The default is the largest power of two that
+        float16 holds, and so can be the derivative of a float16 loss.
+      growth_interval: :math:`N \ge 1`: after so many steps without an overflow the
+        scale grows. At 2000, the usual value, it costs one step in 2000 to find out
+        that a larger scale does not fit.
+      growth_factor: :math:`c > 1`.
+      backoff_factor: :math:`b` in (0, 1).
+      min_scale: :math:`s_{min}`, at least 2**-126.
+      max_scale: :math:`s_{max}`, at most 2**126. Powers of two for all five change no
+        bit of a gradient but its exponent. Equal to ``min_scale``: a fixed scale.
+      axis_name: As in :func:`optaxclip.clip_by`.
+
+    Returns:
+      A transformation with :class:`LossScaleState`. ``inner`` gets gradients and
+      parameters as float32 where they have 16 bits or fewer, at ``init`` too, so that
+      its moments are float32; float64 stays. What it returns is returned as it is:
+      ``optax.apply_updates`` adds float32 to the parameters and rounds once, to their
+      dtype. Leaves that are no gradients pass through to ``inner`` unscaled.
+
+      ==========================  ==================================================
+      gradients                   result
+      ==========================  ==================================================
+      finite                      what ``inner`` returns
+      an infinity or a NaN        zeros; ``inner_state`` bit for bit what it was, as
+                                  after a skip of :func:`skip_by`; a smaller scale
+      the same at ``min_scale``   the same; the scale stays
+      zero, or an empty tree      finite: what ``inner`` returns
+      ==========================  ==================================================
+
+      A NaN that is no overflow, of a bad batch, costs a back-off too and does no other
+      harm. In :func:`skip_nonfinite` or ``optax.apply_if_finite`` the scale could never
+      back off, and in ``optax.MultiSteps`` the accumulator would keep the infinity:
+      put them inside, where the first two are not needed.
+
+    Raises:
+      ValueError: ``init_scale`` is not within ``min_scale`` and ``max_scale``, these
+        are not within 2**-126 and 2**126, ``growth_interval`` is no whole number of at
+        least 1, ``growth_factor`` not above 1, or ``backoff_factor`` outside (0, 1).
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> tx = optaxclip.dynamic_loss_scale(
+      ...     optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(1.0)),
+      ...     growth_interval=2,
+      ... )
+      >>> params = jnp.zeros(1, jnp.float16)
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     scale = optaxclip.loss_scale(state)
+      ...     loss = lambda p: scale * jnp.sum(4 * p).astype(jnp.float32)
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     print(f"{scale:.0f} {updates} {state.overflow_count}")
+      32768 [0.] 1
+      16384 [0.] 2
+      8192 [-1.] 2
+      8192 [-1.] 2
+      16384 [0.] 3
+
+    References:
+      Micikevicius et al., `Mixed Precision Training
+      <https://arxiv.org/abs/1710.03740>`_, 2017
+    """
+    _check_arguments(
+        init_scale, growth_interval, growth_factor, backoff_factor, min_scale, max_scale
+    )
+    inner = optax.with_extra_args_support(inner)
+    norm = along(global_norm, axis_name)
+
+    def init(params: PyTree) -> LossScaleState:
+        return LossScaleState(
+            loss_scale=jnp.asarray(init_scale, jnp.float32),
+            steps_since_overflow=jnp.zeros((), jnp.int32),
+            overflow_count=jnp.zeros((), jnp.int32),
+            inner_state=inner.init(_widened(params)),
+        )
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, LossScaleState]:
+        scale = state.loss_scale
+        size = measure(norm, split(updates).gradients)
+        good = jnp.isfinite(size)
+
+        # Divides within the conditional, which else would be handed a float32 copy.
+        def run(inner_state: PyTree) -> tuple[PyTree, PyTree]:
+            true = _divided(updates, scale)
+            true_size = size / scale.astype(size.dtype)
+            with handing_over(norm, split(true).gradients, true_size):
+                return inner.update(true, inner_state, _widened(params), **extra_args)
+
+        stay = not_made(run, updates)
+        result, inner_state = jax.lax.cond(good, run, stay, state.inner_state)
+        steps = jnp.where(good, count_if(good, state.steps_since_overflow), 0)
+        return result, LossScaleState(
+            loss_scale=adjusted(scale, good, steps),
+            steps_since_overflow=steps,
+            overflow_count=count_if(~good, state.overflow_count),
+            inner_state=inner_state,
+        )
+
+    def adjusted(scale: jax.Array, good: jax.Array, steps: jax.Array) -> jax.Array:
+        larger = jnp.minimum(scale * float(growth_factor), float(max_scale))
+        smaller = jnp.maximum(scale * float(backoff_factor), float(min_scale))
+        is_time = steps % min(int(growth_interval), _FOREVER) == 0
+        return jnp.where(good, jnp.where(is_time, larger, scale), smaller)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def loss_scale(opt_state: PyTree) -> jax.Array:
+    """What to multiply the loss by, before its gradient is taken.
+
+    Args:
+      opt_state: The state of :func:`dynamic_loss_scale`, or any pytree that holds it:
+        of a chain, a Flax ``TrainState``, an ``nnx.Optimizer``.
+
+    Returns:
+      A float32 scalar, on device. Cast the loss to float32 before the product: above
+      65,504 the scale itself does not fit float16.
+
+    Raises:
+      ValueError: the state holds no loss scale, or several.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> tx = optaxclip.dynamic_loss_scale(optax.sgd(0.1), init_scale=1024.0)
+      >>> print(optaxclip.loss_scale(tx.init(jnp.zeros(2))))
+      1024.0
+    """
+    opt_state = getattr(opt_state, "opt_state", opt_state)
+    found = [state for _, state in find.find(opt_state, LossScaleState)]
+    if len(found) != 1:
+        raise ValueError(
+            "`loss_scale(opt_state=...)` must hold the state of one "
+            f"`dynamic_loss_scale`, got {len(found)} in "
+            f"{jax.tree.structure(opt_state)}."
+        )
+    return find.plain(found[0]).loss_scale
+
+
+def _divided(updates: PyTree, scale: jax.Array) -> PyTree:
+    """The gradients divided by the scale, in float32 or wider."""
+
+    def divide(leaf: jax.Array) -> jax.Array:
+        wide = scale.astype(accumulator(leaf.dtype))
+        return scaled(leaf, 1 / wide)
+
+    gradients, restore = split(updates)
+    return restore(jax.tree.map(divide, gradients))
+
+
+def _widened(tree: PyTree) -> PyTree:
+    """The tree with its float leaves in float32 or wider."""
+    gradients, restore = split(tree)
+    return restore(
+        jax.tree.map(lambda leaf: widen(leaf, accumulator(leaf.dtype)), gradients)
+    )
+
+
+def _check_arguments(
+    init_scale: float,
+    growth_interval: int,
+    growth_factor: float,
+    backoff_factor: float,
+    min_scale: float,
+    max_scale: float,
+) -> None:
+    def within(low: float, high: float) -> Callable:
+        return lambda x: (x >= low) & (x <= high)
+
+    def check(argument: str, value: float, holds: Callable, rule: str) -> None:
+        _checks.check("dynamic_loss_scale", argument, value, holds, rule)
+
+    held = within(_SMALLEST, _LARGEST)
+    check("min_scale", min_scale, held, "between 2**-126 and 2**126")
+    held = within(min_scale, _LARGEST)
+    check("max_scale", max_scale, held, "between `min_scale` and 2**126")
+    held = within(min_scale, max_scale)
+    check("init_scale", init_scale, held, "between `min_scale` and `max_scale`")
+    _checks.count("dynamic_loss_scale", "growth_interval", growth_interval)
+    check("growth_factor", growth_factor, lambda x: x > 1, "above 1")
+    is_share = "above 0 and below 1"
+    check("backoff_factor", backoff_factor, lambda x: (x > 0) & (x < 1), is_share)

@@ -1,0 +1,203 @@
+"""Writing a log: what is new in the recorder, appended to a file."""
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from optaxclip.audit._log.data import LogData
+from optaxclip.audit._log.drain import Rows, drain, first_difference, to_json
+from optaxclip.audit._log.head import HEAD, about, head, line
+from optaxclip.audit._log.reader import parse, read
+
+PyTree = Any
+
+_HEAD = HEAD.encode()
+
+
+class Writer:
+    """Appends what is new in a recorder to a file, see `ClipLog`."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        params: PyTree = None,
+        transform: str | None = None,
+        hyperparameters: dict[str, Any] | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        if on_error not in ("warn", "raise"):
+            raise ValueError(
+                f'`ClipLog(on_error=...)` must be "warn" or "raise", got {on_error!r}.'
+            )
+        self.path = Path(path)
+        self.missed = 0
+        self.unwritten = 0
+        self._on_error = on_error
+        self._warned: set[str] = set()
+        self._about = about(transform, hyperparameters, params)
+        self._opened = False  # whether the file has been looked at
+        self._end = 0  # bytes of whole lines
+        self._rest = False  # whether a torn or failed write has left more than those
+        self._next = 0  # the step behind the last row
+        self._written: LogData | Rows | None = None  # the last rows, or all of them
+        self._leaf_names: tuple[str, ...] | None = None  # None: the file has no head
+        self._lead = ""  # to be written before anything else
+        if jax.process_index() == 0:
+            try:
+                self._open()
+            except OSError as error:
+                self._report(error)
+
+    def update(self, opt_state: PyTree) -> int:
+        """Appends the steps that are new in the recorder, which waits for the device.
+
+        Call it outside ``jit``, at least every ``length`` steps of the recorder, after
+        the last step, and after every restoring of a checkpoint: the log then knows
+        exactly to which step the run went back. Without that last call it compares
+        what the recorder remembers with what it has written.
+
+        Args:
+          opt_state: Any pytree that holds the state of one
+            :func:`optaxclip.record_history`, as in :func:`optaxclip.metrics`. Of a
+            state stacked by ``vmap`` or ``pmap`` the first replica is taken.
+
+        Returns:
+          How many rows were written.
+
+        Raises:
+          ValueError: the state holds no recorder, or several.
+        """
+        if jax.process_index() != 0:
+            return 0
+        rows = drain(opt_state)
+        try:
+            return self._write(rows)
+        except (OSError, ValueError) as error:
+            self.unwritten = max(0, rows.end - self._next)
+            self._report(error)
+            return 0
+
+    def read(self) -> LogData:
+        """The log so far, see :func:`read`."""
+        return read(self.path)
+
+    def _open(self) -> None:
+        """Looks where the file ends and what it says; makes it if there is none."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.open("ab").close()  # fails now rather than at the first drain
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        self._opened = False
+        self._end, self._next, self._written, self._leaf_names = 0, 0, None, None
+        self._rest = bool(content)
+        self._lead = '{"torn":1}\n' if content else ""
+        if b"\n" not in content and content[: len(_HEAD)] == _HEAD[: len(content)]:
+            self._opened = True  # nothing, or a torn first line
+            return
+        data, self._end = parse(content, self.path)
+        self._written = data
+        self._next = int(data.step[-1]) + 1 if len(data.step) else 0
+        self._leaf_names = data.leaf_names
+        self.missed = _missed(data)
+        self._rest = self._end < len(content)
+        if not self._rest:
+            self._lead = "" if content.endswith(b"\n") else "\n"
+        self._lead += line({"resumed": head(self._about, data.leaf_names)})
+        self._opened = True
+
+    def _write(self, rows: Rows) -> int:
+        size = _size(self.path)
+        by_others = size < self._end or (size > self._end and not self._rest)
+        if not self._opened or by_others:  # removed, for instance
+            self._open()
+        start, text = self._next, ""
+        if rows.end < self._next:  # back behind what the last drain remembered
+            self._written = self.read()
+        if self._written is not None:
+            start = min(start, rows.end, first_difference(self._written, rows))
+        if start < self._next:
+            text += line({"rewound_to": start})
+        unsure = start == rows.first and self._holds(start - 1, start)
+        if unsure:  # its oldest row is another: those before may have been, too
+            text += line({"unsure_before": start})
+        gap = max(0, rows.first - start)
+        if gap:
+            text += line({"missed": [start, rows.first - 1]})
+        new = to_json(rows, start)
+        text += "".join(f"{row}\n" for row in new)
+        if text:
+            self._append(self._begin(rows.leaf_names) + text)
+            self._leaf_names = rows.leaf_names
+        rewound = start < self._next
+        self._next, self._written, self.unwritten = rows.end, rows, 0
+        # A step that was missed may have been taken back.
+        self.missed = _missed(self.read()) if rewound else self.missed + gap
+        if gap:
+            self._warn_of_gap(start, rows)
+        if unsure:
+            self._warn_once(
+                "unsure",
+                f"`ClipLog.update`: steps before {start} in {self.path} may be of a "
+                "run that was taken back: the recorder does not reach back to where "
+                "this one left it. Update the log right after restoring a checkpoint.",
+                stacklevel=4,
+            )
+        return len(new)
+
+    def _holds(self, *steps: int) -> bool:
+        return self._written is not None and all(np.isin(steps, self._written.step))
+
+    def _begin(self, leaf_names: tuple[str, ...]) -> str:
+        """The first line of a file, or what is to be said of its going on."""
+        if self._leaf_names is None:
+            return line(head(self._about, leaf_names)) + self._lead
+        if self._leaf_names != leaf_names:
+            raise ValueError(
+                f"it has the leaf norms of {list(self._leaf_names)}, the recorder "
+                f"those of {list(leaf_names)}: start a new file"
+            )
+        return self._lead
+
+    def _append(self, text: str) -> None:
+        with self.path.open("ab") as file:
+            if self._rest and file.tell() > self._end:
+                file.truncate(self._end)
+            self._rest = True  # until all of it is written
+            file.write(text.encode())
+        self._end += len(text)
+        self._rest, self._lead = False, ""
+
+    def _warn_of_gap(self, start: int, rows: Rows) -> None:
+        self._warn_once(
+            "gap",
+            f"`ClipLog.update`: steps {start} to {rows.first - 1} are missing in "
+            f"{self.path}: the recorder remembers {len(rows.step)}. Update the log "
+            "more often, or record a longer history. Further gaps are only counted.",
+            stacklevel=5,
+        )
+
+    def _report(self, error: Exception) -> None:
+        if self._on_error == "raise":
+            raise error
+        self._warn_once(
+            "error",
+            f"`ClipLog(path=...)` cannot write {self.path}: {error}. Training goes on; "
+            "every update tries again, and steps that it comes too late for are lost.",
+            stacklevel=4,
+        )
+
+    def _warn_once(self, kind: str, message: str, stacklevel: int) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=stacklevel)  # at the caller's line
+
+
+def _missed(data: LogData) -> int:
+    return sum(last - first + 1 for first, last in data.missed)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
