@@ -28,6 +28,7 @@ from optaxclip._norms import (
     global_norm,
     scaled,
     split,
+    widen,
 )
 
 PyTree = Any
