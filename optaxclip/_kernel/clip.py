@@ -11,8 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._kernel.decide import all_of, count_if, decide, infinite_like
+from optaxclip._kernel.decide import (
+    Decision,
+    all_of,
+    count_if,
+    decide,
+    is_unbounded,
+    unbounded_like,
+)
 from optaxclip._kernel.measure import Norm, initial
+from optaxclip._kernel.names import Norms
+from optaxclip._kernel.states import own
 from optaxclip._norms import (
     AxisName,
     along,
@@ -20,6 +29,7 @@ from optaxclip._norms import (
     split,
     widen,
 )
+from optaxclip._show import shown
 from optaxclip._thresholds import (
     Rule,
     Threshold,
@@ -32,11 +42,13 @@ Apply = Callable[[jax.Array, jax.Array], Callable[[Leaf], Leaf]]
 
 
 class ClipMetrics(NamedTuple):
-    """What a clip did in its last step: trees of the structure the norm returns."""
+    """What a clip did in its last step: numbers, or dicts by the paths of the norms."""
 
-    grad_norm: PyTree  # the norm of the updates before clipping
-    clip_threshold: PyTree  # the bound they were held to
-    clip_scale: PyTree  # min(1, threshold / norm): what they were multiplied by
+    grad_norm: Norms  # the norm of the updates before clipping
+    clip_threshold: Norms  # the bound; the largest finite number where nothing bounds
+    clip_scale: Norms  # min(1, threshold / norm): what they were multiplied by
+
+    __repr__ = shown
 
 
 class ClipState(NamedTuple):
@@ -49,6 +61,8 @@ class ClipState(NamedTuple):
     )  # updates with a norm of NaN, infinity, or 1e37 thresholds
     rule_state: PyTree  # memory of the threshold rule
     clip_metrics: ClipMetrics  # of the last update
+
+    __repr__ = shown
 
 
 def rescale(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
@@ -86,12 +100,12 @@ def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
 
     Args:
       threshold: A scalar, or an array that broadcasts against the leaves.
-      scale: Not looked at; there because :func:`rescale` needs it.
+      scale: At 1 no element is beyond the threshold.
 
     Returns:
       A function from a leaf to the clipped leaf.
     """
-    del scale
+    within = _is_one(scale)
 
     def clip(leaf: Leaf) -> Leaf:
         if jnp.iscomplexobj(leaf):
@@ -101,7 +115,8 @@ def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
         # 8-bit floats cannot hold every bound, and some of them no infinity.
         wide = widen(leaf, threshold.dtype) if leaf.itemsize == 1 else leaf
         bound = threshold.astype(wide.dtype)
-        return jnp.clip(wide, -bound, bound).astype(leaf.dtype)
+        cut = jnp.clip(wide, -bound, bound).astype(leaf.dtype)
+        return jnp.where(within, leaf, cut)
 
     return clip
 
@@ -181,7 +196,7 @@ def clip_by(
             rule_state=rule.init(norms),
             clip_metrics=ClipMetrics(
                 grad_norm=jax.tree.map(jnp.zeros_like, norms),
-                clip_threshold=jax.tree.map(infinite_like, norms),
+                clip_threshold=jax.tree.map(unbounded_like, norms),
                 clip_scale=jax.tree.map(jnp.ones_like, norms),
             ),
         )
@@ -189,29 +204,31 @@ def clip_by(
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, ClipState]:
+        state = own(ClipState, state)
         gradients, restore = split(updates)
         like = state.clip_metrics.grad_norm
-        norms, thresholds, finite, memory = decide(
+        decision = decide(
             norm, gradients, params, like, rule, state.rule_state, extra_args
         )
+        norms, thresholds = decision.norms, decision.thresholds
         scales = jax.tree.map(clip_scale, norms, thresholds)
         clipped = jax.tree.map(
             lambda threshold, scale, under: jax.tree.map(
                 apply(threshold, scale), under
             ),
-            thresholds,
-            scales,
+            decision.place(thresholds),
+            decision.place(scales),
             gradients,
         )
         metrics = ClipMetrics(norms, thresholds, scales)
-        return restore(clipped), _record(state, memory, metrics, finite)
+        return restore(clipped), _record(state, decision, metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_scale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     """min(1, threshold / norm), 1 for 0 / 0, with finite derivatives everywhere."""
-    within = norm <= threshold
+    within = (norm <= threshold) | (is_unbounded(threshold) & (norm == jnp.inf))
     return jnp.where(within, 1, threshold / jnp.where(within, 1, norm))
 
 
@@ -219,17 +236,17 @@ def _is_one(scale: jax.Array) -> jax.Array:
     return scale >= 1
 
 
-def _record(
-    state: ClipState, rule_state: PyTree, metrics: ClipMetrics, finite: jax.Array
-) -> ClipState:
+def _record(state: ClipState, decision: Decision, metrics: ClipMetrics) -> ClipState:
     # A scale that underflowed to 0 wiped its leaves out: as bad as a norm of infinity.
     thresholds, scales = metrics.clip_threshold, metrics.clip_scale
-    usable = finite & all_of(lambda s, t: (s > 0) | (t == 0), scales, thresholds)
+    usable = decision.finite & all_of(
+        lambda s, t: (s > 0) | (t == 0), scales, thresholds
+    )
     unchanged = all_of(_is_one, scales)
     return ClipState(
         step_count=count_if(True, state.step_count),
         clip_count=count_if(usable & ~unchanged, state.clip_count),
         nonfinite_count=count_if(~usable, state.nonfinite_count),
-        rule_state=rule_state,
+        rule_state=decision.rule_state,
         clip_metrics=metrics,
     )

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._kernel.measure import Norm, measure
-from optaxclip._norms import (
-    path_name,
-    split,
-    warned,
-)
+from optaxclip._kernel.names import Named, Norms, by_name, named
+from optaxclip._kernel.states import check_sizes
+from optaxclip._norms import split, warned
+from optaxclip._thresholds import no_bound
 
 PyTree = Any
 
@@ -21,40 +20,46 @@ PyTree = Any
 class Decision(NamedTuple):
     """What was measured and what it is held to."""
 
-    norms: PyTree
-    thresholds: PyTree  # of the norms' structure, shapes and dtypes; not negative
+    norms: Norms  # by name, those that `init` saw
+    thresholds: Norms  # of their shapes and dtypes; neither negative nor infinite
     finite: jax.Array  # whether all norms are
     rule_state: PyTree  # the rule's new memory; the old one if a norm is not finite
+    place: Callable[[Norms], PyTree]  # what belongs to the norms -> tree of the norm
 
 
 def decide(
     norm: Norm,
     gradients: PyTree,
     params: PyTree,
-    like: PyTree,
+    like: Norms,
     rule: optax.GradientTransformationExtraArgs,
     rule_state: PyTree,
     extra_args: dict[str, Any],
 ) -> Decision:
     """Measures gradients (and parameters, if given) and asks the rule for thresholds.
 
-    ``like`` holds norms of the structure and dtypes that the state has had from the
-    start. The rule sees 0 in place of a norm that is not finite, and forgets that step.
+    ``like`` holds norms of the names and dtypes that the state has had from the start.
+    Of these, a norm that is missing now counts as 0, of which no rule learns. The rule
+    sees 0 in place of a norm that is not finite, and forgets that step.
     """
-    norms = _matching(norm, gradients, like, "updates")
+    check_sizes("rule_state", rule_state, functools.partial(rule.init, like))
+    new = named(measure(norm, gradients))
+    norms = matching(new, like, "updates")
     parameter_norms = None
     if params is not None:
-        parameters = split(params).gradients
         with warned():
-            parameter_norms = _matching(norm, parameters, like, "params")
+            of_params = named(measure(norm, split(params).gradients))
+        _refuse_missing(by_name(new.norms), by_name(of_params.norms))
+        parameter_norms = matching(of_params, like, "params")
     finite = all_of(jnp.isfinite, norms)
     known = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 0), norms)
-    thresholds, new_state = rule.update(
-        known, rule_state, parameter_norms, **extra_args
-    )
-    thresholds = jax.tree.map(_bound, thresholds, norms)
+    with jax.debug_infs(False):  # by which rules say "no bound"
+        thresholds, new_state = rule.update(
+            known, rule_state, parameter_norms, **extra_args
+        )
+        thresholds = jax.tree.map(_bound, thresholds, norms)
     kept = jax.tree.map(functools.partial(jnp.where, finite), new_state, rule_state)
-    return Decision(norms, thresholds, finite, kept)
+    return Decision(norms, thresholds, finite, kept, new.place)
 
 
 def all_of(holds: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
@@ -81,27 +86,47 @@ def count_if(event: jax.Array | bool, counter: jax.Array) -> jax.Array:
     return jnp.where(event, optax.safe_increment(counter), counter)
 
 
-def infinite_like(norm: jax.Array) -> jax.Array:
-    """Infinity in the shape and dtype of a norm."""
-    return jnp.full_like(norm, jnp.inf)
+def unbounded_like(norm: jax.Array) -> jax.Array:
+    """What stands for no bound, in the shape and dtype of a norm."""
+    return jnp.full_like(norm, no_bound(norm.dtype))
 
 
-def _matching(norm: Norm, gradients: PyTree, like: PyTree, argument: str) -> PyTree:
-    norms = measure(norm, gradients)
-    if jax.tree.structure(norms) != jax.tree.structure(like):
-        new, old = _leaf_names(norms), _leaf_names(like)
+def is_unbounded(threshold: jax.Array) -> jax.Array:
+    """Whether a threshold stands for no bound."""
+    return threshold >= no_bound(threshold.dtype)
+
+
+def matching(new: Named, like: Norms, argument: str) -> Norms:
+    """The norms in the form and dtypes of ``like``, 0 where one is missing."""
+    norms, expected = by_name(new.norms), by_name(like)
+    if unknown := sorted(norms.keys() - expected.keys()):
         raise ValueError(
             f"`update({argument}=...)` must have the tree structure of the parameters "
-            f"given to `init`, got leaves {sorted(new - old)} that `init` did not see, "
-            f"and none at {sorted(old - new)}."
+            f"given to `init`, got leaves {unknown} that `init` did not see"
+            + (f"; it saw {sorted(expected)}." if len(expected) < 20 else ".")
         )
-    return jax.tree.map(lambda n, as_: n.astype(as_.dtype), norms, like)
+    for name, norm in norms.items():
+        if norm.shape != expected[name].shape:
+            raise ValueError(
+                f"`update({argument}=...)` must have the shapes of the parameters "
+                f"given to `init`, got a leaf {name!r} whose norm has the shape "
+                f"{norm.shape} in place of {expected[name].shape}."
+            )
+    matched = {
+        name: norms[name].astype(x.dtype) if name in norms else jnp.zeros_like(x)
+        for name, x in expected.items()
+    }
+    return matched if isinstance(like, dict) else matched.get("", like)
+
+
+def _refuse_missing(norms: dict[str, Any], parameter_norms: dict[str, Any]) -> None:
+    if missing := sorted(norms.keys() - parameter_norms.keys()):
+        raise ValueError(
+            "`update(params=...)` must hold the parameters of all updates, got none "
+            f"at {missing}."
+        )
 
 
 def _bound(threshold: jax.Array, norm: jax.Array) -> jax.Array:
-    return jnp.maximum(threshold.astype(norm.dtype), 0)
-
-
-def _leaf_names(tree: PyTree) -> set[str]:
-    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path) for path, _ in paths_and_leaves}
+    threshold = threshold.astype(norm.dtype)
+    return jnp.clip(threshold, 0, no_bound(norm.dtype))

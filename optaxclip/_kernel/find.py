@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from optaxclip._norms import path_name
+from optaxclip._kernel.names import unique
+from optaxclip._norms import unwrapped
 
 PyTree = Any
 
@@ -20,15 +21,6 @@ def named(opt_state: PyTree, kind: type) -> dict[str, Any]:
     paths = [path for path, _ in found]
     names = unique([[_places(path) for path in paths], paths])
     return {f"{n}/": plain(state) for n, (_, state) in zip(names, found, strict=True)}
-
-
-def unique(spellings: list[list[tuple[Any, ...]]]) -> list[str]:
-    """The first spelling of some paths in which no two have the same name."""
-    for paths in spellings:
-        names = [path_name(path) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [jax.tree_util.keystr(path) for path in spellings[-1]]
 
 
 def find(
@@ -48,14 +40,8 @@ def find(
 
 def plain(state: Any) -> Any:
     """A state with arrays in place of the variables that Flax NNX wraps them in."""
-
-    def is_variable(node: Any) -> bool:
-        return hasattr(node, "get_value")
-
-    fields = state._replace(**{name: () for name in _UNREAD if hasattr(state, name)})
-    return jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, fields, is_leaf=is_variable
-    )
+    fields = {name: () for name in _UNREAD if hasattr(state, name)}
+    return unwrapped(state._replace(**fields))
 
 
 def _places(path: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from optaxclip._kernel.names import Norms, named
 from optaxclip._norms import (
     AxisName,
     global_norm,
@@ -41,10 +42,10 @@ _known: contextvars.ContextVar[tuple[_Known, ...]] = contextvars.ContextVar(
 )
 
 
-def initial(norm: Norm, params: PyTree) -> PyTree:
-    """Norms of the structure, shapes and dtypes that those of gradients will have."""
+def initial(norm: Norm, params: PyTree) -> Norms:
+    """Norms of the names, shapes and dtypes that those of gradients will have."""
     with initialising():
-        return norm(split(params).gradients)
+        return named(norm(split(params).gradients)).norms
 
 
 def measure(norm: Norm, gradients: PyTree) -> PyTree:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._kernel.decide import all_of, count_if, decide, infinite_like
+from optaxclip._kernel.decide import all_of, count_if, decide, unbounded_like
 from optaxclip._kernel.measure import Norm, handing_over, initial, measure
+from optaxclip._kernel.names import Norms
+from optaxclip._kernel.states import own
 from optaxclip._norms import (
     AxisName,
     along,
@@ -23,6 +25,7 @@ from optaxclip._norms import (
     same_on_all_devices,
     split,
 )
+from optaxclip._show import shown
 from optaxclip._thresholds import (
     Rule,
     Threshold,
@@ -33,10 +36,12 @@ PyTree = Any
 
 
 class SkipMetrics(NamedTuple):
-    """What a skip looked at in its last step: trees as the norm returns them."""
+    """What a skip looked at in its last step, as :class:`ClipMetrics` holds it."""
 
-    skip_norm: PyTree
-    skip_threshold: PyTree  # beyond which a step is skipped
+    skip_norm: Norms
+    skip_threshold: Norms  # beyond which a step is skipped
+
+    __repr__ = shown
 
 
 class SkipState(NamedTuple):
@@ -48,6 +53,8 @@ class SkipState(NamedTuple):
     skip_rule_state: PyTree  # memory of the threshold rule
     skip_metrics: SkipMetrics  # of the last step
     inner_state: PyTree  # as the last step that was not skipped left it
+
+    __repr__ = shown
 
 
 class GuardedStep(NamedTuple):
@@ -209,7 +216,7 @@ class _Guard(NamedTuple):
             skip_rule_state=self.rule.init(norms),
             skip_metrics=SkipMetrics(
                 skip_norm=jax.tree.map(jnp.zeros_like, norms),
-                skip_threshold=jax.tree.map(infinite_like, norms),
+                skip_threshold=jax.tree.map(unbounded_like, norms),
             ),
             inner_state=self.inner.init(params),
         )
@@ -224,8 +231,9 @@ class _Guard(NamedTuple):
         extra_args: dict[str, Any],
     ) -> tuple[PyTree, SkipState]:
         """What ``run(inner_state)`` gives, or on a bad step ``stay(inner_state)``."""
+        state = own(SkipState, state)
         gradients = split(updates).gradients
-        norms, thresholds, finite, memory = decide(
+        decision = decide(
             self._norm(extra_args.get("loss")),
             gradients,
             params,
@@ -234,17 +242,22 @@ class _Guard(NamedTuple):
             state.skip_rule_state,
             extra_args,
         )
+        norms, thresholds, finite = decision[:3]
         good = finite & all_of(operator.le, norms, thresholds)
+        measured = decision.place(norms)
         with handing_over(
-            self.norm, gradients, norms["grad_norm"] if self.watch_loss else norms
+            self.norm, gradients, measured["grad_norm"] if self.watch_loss else measured
         ):
-            result, inner_state = jax.lax.cond(good, run, stay, state.inner_state)
+            inner_state = state.inner_state
+            if None in jax.tree.leaves(updates, is_leaf=lambda x: x is None):
+                inner_state = _without_missing(run, inner_state)
+            result, inner_state = jax.lax.cond(good, run, stay, inner_state)
         in_a_row = jnp.where(good, 0, count_if(~good, state.skipped_in_a_row))
         return result, SkipState(
             skip_count=count_if(~good, state.skip_count),
             skipped_in_a_row=in_a_row,
             skip_nonfinite_count=count_if(~finite, state.skip_nonfinite_count),
-            skip_rule_state=memory,
+            skip_rule_state=decision.rule_state,
             skip_metrics=SkipMetrics(norms, thresholds),
             inner_state=inner_state,
         )
@@ -273,13 +286,33 @@ def not_made(
     return stay
 
 
+def _without_missing(
+    run: Callable[[PyTree], tuple[PyTree, PyTree]], inner_state: PyTree
+) -> PyTree:
+    """The state less the moments that optax drops where a gradient is ``None``."""
+    _, after = jax.eval_shape(run, inner_state)
+    return jax.tree.map(
+        lambda new, old: None if new is None else old,
+        after,
+        inner_state,
+        is_leaf=lambda x: x is None,
+    )
+
+
 def without_loss(state: SkipState) -> SkipState:
     """The state with the metrics of the gradients alone."""
-    norms, thresholds = state.skip_metrics
-    if not isinstance(norms, dict) or norms.keys() != {"grad_norm", "loss"}:
+    norms = state.skip_metrics.skip_norm
+    if not isinstance(norms, dict) or "loss" not in norms:
         return state
-    metrics = SkipMetrics(norms["grad_norm"], thresholds["grad_norm"])
-    return state._replace(skip_metrics=metrics)
+    others = norms.keys() - {"loss"}
+    if not all(name == "grad_norm" or name.startswith("grad_norm/") for name in others):
+        return state
+
+    def kept(values: Norms) -> Norms:
+        assert isinstance(values, dict)
+        return {name: values[name] for name in sorted(others)}
+
+    return state._replace(skip_metrics=SkipMetrics(*map(kept, state.skip_metrics)))
 
 
 def _zeros(path: tuple[Any, ...], update: Any, like: Any) -> Any:

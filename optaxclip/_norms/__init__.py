@@ -7,6 +7,7 @@ from optaxclip._norms.gradients import is_gradient as is_gradient
 from optaxclip._norms.gradients import path_name as path_name
 from optaxclip._norms.gradients import scaled as scaled
 from optaxclip._norms.gradients import split as split
+from optaxclip._norms.gradients import unwrapped as unwrapped
 from optaxclip._norms.gradients import widen as widen
 from optaxclip._norms.maximum import largest as largest
 from optaxclip._norms.shares import AxisName as AxisName

@@ -36,26 +36,44 @@ def is_gradient(path: tuple[Any, ...], leaf: Any) -> bool:
 class Split(NamedTuple):
     """A tree in two: its gradients, and a way to put the rest back."""
 
-    gradients: PyTree  # as the tree, with `MaskedNode` where a leaf is no gradient
+    # As the tree, with `MaskedNode` where a leaf is no gradient, and with arrays in
+    # place of the variables that Flax NNX wraps them in.
+    gradients: PyTree
     restore: Callable[[PyTree], PyTree]  # undoes the split
 
 
 def split(tree: PyTree) -> Split:
     """Separates the gradients of ``tree`` from its other leaves."""
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    bare = unwrapped(tree)
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(bare)
+    whole = jax.tree.structure(tree)  # the leaves of a tree and of it unwrapped pair up
     keep = [is_gradient(path, leaf) for path, leaf in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
 
     def restore(gradients: PyTree) -> PyTree:
         new = iter(jax.tree.leaves(gradients))
         pairs = zip(leaves, keep, strict=True)
-        return treedef.unflatten([next(new) if k else leaf for leaf, k in pairs])
+        return whole.unflatten([next(new) if k else leaf for leaf, k in pairs])
 
     only = [
         jnp.asarray(leaf) if k else optax.MaskedNode()
         for leaf, k in zip(leaves, keep, strict=True)
     ]
     return Split(treedef.unflatten(only), restore)
+
+
+def unwrapped(tree: PyTree) -> PyTree:
+    """The tree with arrays in place of the variables that Flax NNX wraps them in.
+
+    These are nodes with metadata, of which a sharding fits the array and nothing else.
+    """
+
+    def is_variable(node: Any) -> bool:
+        return hasattr(node, "get_value")
+
+    return jax.tree.map(
+        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
+    )
 
 
 def accumulator(*dtypes: Any) -> Any:

@@ -12,12 +12,18 @@ import optax
 from optaxclip import _checks
 from optaxclip._kernel import (
     ClipState,
+    Norms,
     SkipState,
+    check_sizes,
     count_if,
     find,
     handing_over,
     initial,
+    matching,
     measure,
+    named,
+    own,
+    unbounded_like,
     without_loss,
 )
 from optaxclip._norms import (
@@ -27,6 +33,7 @@ from optaxclip._norms import (
     same_on_all_devices,
     split,
 )
+from optaxclip._show import shown
 from optaxclip._state.metrics import of_clip, of_skip
 from optaxclip._transforms import LossScaleState
 
@@ -37,12 +44,15 @@ class History(NamedTuple):
     """Ring buffers of ``length`` steps: what was done in step s is at s % length."""
 
     history_norm: jax.Array  # before clipping; NaN or infinite on a bad step
-    history_threshold: jax.Array  # infinite where nothing bounds
+    history_threshold: jax.Array  # the largest finite number where nothing bounds
     history_scale: jax.Array  # what the step was multiplied by; 0 of a skipped step
-    history_loss: jax.Array  # as passed to `update(..., loss=)`, else NaN
-    history_clipped: jax.Array  # bool
-    history_skipped: jax.Array  # bool
-    history_leaf_norms: PyTree  # one buffer a leaf, or ()
+    history_loss: jax.Array  # as passed to `update(..., loss=)`, else 0
+    history_has_loss: jax.Array  # int8, 0 or 1, as the next two
+    history_clipped: jax.Array
+    history_skipped: jax.Array
+    history_leaf_norms: Norms | tuple[()]  # by the paths of the leaves, if asked
+
+    __repr__ = shown
 
 
 class HistoryState(NamedTuple):
@@ -51,6 +61,8 @@ class HistoryState(NamedTuple):
     history_count: jax.Array  # int32, steps recorded since the start
     history: History
     inner_state: PyTree
+
+    __repr__ = shown
 
 
 def record_history(
@@ -122,13 +134,14 @@ def record_history(
     def init(params: PyTree) -> HistoryState:
         inner_state = inner.init(params)
         norms = initial(per_leaf, params) if leaf_norms else ()
-        entries = _entries(_row(inner_state, inner_state, clip), jnp.nan, norms)
-        history = jax.tree.map(lambda x: jnp.zeros((length,), x.dtype), entries)
+        entries = _entries(_row(inner_state, inner_state, clip), None, norms)
+        history = _buffers(entries, length)
         return HistoryState(jnp.zeros((), jnp.int32), history, inner_state)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, HistoryState]:
+        state = own(HistoryState, state)
         gradients = split(updates).gradients
         norms = measure(per_leaf, gradients) if leaf_norms else ()
         known = handing_over(per_leaf, gradients, norms)
@@ -138,9 +151,13 @@ def record_history(
             )
         row = _row(state.inner_state, inner_state, clip)
         loss = extra_args.get("loss")
-        loss = jnp.nan if loss is None else same_on_all_devices("loss", loss)
-        write = functools.partial(_write, state.history_count % length, row.is_step)
+        loss = None if loss is None else same_on_all_devices("loss", loss)
+        if leaf_norms:
+            like = jax.tree.map(lambda x: x[0], state.history.history_leaf_norms)
+            norms = matching(named(norms), like, "updates")
         entries = _entries(row, loss, norms)
+        check_sizes("history", state.history, lambda: _buffers(entries, length))
+        write = functools.partial(_write, state.history_count % length, row.is_step)
         history = jax.tree.map(write, state.history, entries)
         count = count_if(row.is_step, state.history_count)
         return updates, HistoryState(count, history, inner_state)
@@ -232,24 +249,31 @@ def _overflow_rows(before: PyTree, after: PyTree) -> Iterator[_Row]:
         yield _Row(
             is_step=skipped,
             norm=jnp.float32(jnp.inf),
-            threshold=jnp.float32(jnp.inf),
+            threshold=unbounded_like(jnp.float32(0)),
             scale=jnp.float32(0),
             clipped=jnp.zeros((), bool),
             skipped=skipped,
         )
 
 
-def _entries(row: _Row, loss: jax.typing.ArrayLike, leaf_norms: PyTree) -> History:
+def _entries(
+    row: _Row, loss: jax.Array | None, leaf_norms: Norms | tuple[()]
+) -> History:
     dtype = row.norm.dtype
     return History(
         history_norm=row.norm,
         history_threshold=row.threshold.astype(dtype),
         history_scale=row.scale.astype(dtype),
-        history_loss=jnp.asarray(loss).astype(dtype),
-        history_clipped=row.clipped,
-        history_skipped=row.skipped,
+        history_loss=jnp.asarray(0 if loss is None else loss).astype(dtype),
+        history_has_loss=jnp.asarray(loss is not None, jnp.int8),
+        history_clipped=row.clipped.astype(jnp.int8),
+        history_skipped=row.skipped.astype(jnp.int8),
         history_leaf_norms=leaf_norms,
     )
+
+
+def _buffers(entries: History, length: int) -> History:
+    return jax.tree.map(lambda x: jnp.zeros((length,), x.dtype), entries)
 
 
 def _write(

@@ -11,8 +11,11 @@ from optaxclip._kernel import (
     SkipState,
     clip_scale,
     find,
+    is_unbounded,
+    unbounded_like,
 )
 from optaxclip._norms import largest
+from optaxclip._thresholds import no_bound
 from optaxclip._transforms import LossScaleState
 
 PyTree = Any
@@ -114,8 +117,17 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
     report = {}
     for prefix, state in itertools.chain(*(found.items() for found in states)):
         values = _unstacked(state, per_leaf)
-        report |= {f"{prefix}{name}": value for name, value in values.items()}
+        report |= {f"{prefix}{name}": _shown(name, x) for name, x in values.items()}
     return report
+
+
+def _shown(name: str, value: jax.Array) -> jax.Array:
+    """A metric as users read it: no bound is infinite, if JAX does not object."""
+    is_threshold = name.startswith(("clip_threshold", "skip_threshold"))
+    debugging = jax.config.jax_debug_infs  # type: ignore[attr-defined]  # made late
+    if not is_threshold or debugging:
+        return value
+    return jnp.where(is_unbounded(value), jnp.inf, value)
 
 
 def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
@@ -195,11 +207,14 @@ def _worst(row: _Row) -> _Row:
     """
     norm, threshold = row
     if not norm.size:
-        return _Row(jnp.zeros((), norm.dtype), jnp.full((), jnp.inf, norm.dtype))
+        zero = jnp.zeros((), norm.dtype)
+        return _Row(zero, unbounded_like(zero))
+    # 0 is least, and no bound is none.
+    most = no_bound(norm.dtype)
     ratio = norm / jnp.where(threshold == 0, 1, threshold)
-    ratio = jnp.where((threshold == 0) & (norm > 0), jnp.inf, ratio)
-    ratio = jnp.where(jnp.all(jnp.isinf(threshold)), norm, ratio)
-    ratio = jnp.where(jnp.isnan(ratio), jnp.inf, ratio)
+    ratio = jnp.where((threshold == 0) & (norm > 0), most, ratio)
+    ratio = jnp.where(jnp.all(is_unbounded(threshold)), norm, ratio)
+    ratio = jnp.where(norm <= most, jnp.minimum(ratio, most), most)  # NaN: the worst
     here = ratio == jnp.max(ratio)
     return _Row(*(largest(jnp.where(here, x, 0), None, ()) for x in row))
 
@@ -217,9 +232,12 @@ def _stacked(rows: list[_Row]) -> _Row:
 
 
 def _values(row: _Row, suffix: str = "") -> dict[str, jax.Array]:
+    held = jnp.minimum(row.norm, row.threshold)
     return {
         f"grad_norm{suffix}": row.norm,
-        f"clipped_grad_norm{suffix}": jnp.minimum(row.norm, row.threshold),
+        f"clipped_grad_norm{suffix}": jnp.where(
+            is_unbounded(row.threshold), row.norm, held
+        ),
         f"clip_threshold{suffix}": row.threshold,
         f"clip_scale{suffix}": clip_scale(*row),
     }

@@ -12,6 +12,7 @@ import optax
 from optaxclip._kernel import ClipState, SkipState
 from optaxclip._norms import path_name
 from optaxclip._state.history import HistoryState
+from optaxclip._thresholds import no_bound
 from optaxclip._transforms import LossScaleState
 
 PyTree = Any
@@ -19,6 +20,9 @@ PyTree = Any
 # The states that are this package's own, whole but for an `inner_state`. The first two
 # fields of each are arrays; nothing else has both names.
 _OWN = (ClipState, SkipState, LossScaleState, HistoryState)
+
+# What was measured may be infinite, in today's states, too.
+_MEASURED = {"grad_norm", "skip_norm", "history_norm", "history_leaf_norms"}
 
 # On a path, the step from an own state to its `inner_state`: told apart by identity
 # from the attribute of that name which wrappers of optax have.
@@ -142,12 +146,28 @@ def _parts(own: Any) -> dict[tuple[Any, ...], Any]:
     """The leaves of an own state by their paths, those of its inner state left out."""
     fields = _fields(own) | {"inner_state": None}
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(fields)
-    return {_spelled(path): leaf for path, leaf in paths_and_leaves}
+    parts = {_spelled(path): leaf for path, leaf in paths_and_leaves}
+    return _upgraded(parts) if ("history", "history_loss") in parts else parts
+
+
+def _upgraded(parts: dict[tuple[Any, ...], Any]) -> dict[tuple[Any, ...], Any]:
+    """A recorder of version 0.1.0, with NaN for no loss, in the form of today's."""
+    known = ("history", "history_has_loss")
+    if known in parts:
+        return parts
+    loss = jnp.asarray(parts["history", "history_loss"])
+    flags = {known: ~jnp.isnan(loss)} | {
+        ("history", name): jnp.asarray(parts["history", name])
+        for name in ("history_clipped", "history_skipped")
+    }
+    flags = {path: flag.astype(jnp.int8) for path, flag in flags.items()}
+    return parts | flags | {("history", "history_loss"): jnp.nan_to_num(loss, nan=0.0)}
 
 
 def _spelled(path: Any) -> tuple[str | int, ...]:
     """A path in strings and, for positions, integers, however containers were saved."""
     words = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+    words = "/".join(words).split("/")  # version 0.1.0 kept norms in nested trees
     while words and words[-1] == "value":  # the inside of a variable of Flax NNX
         words.pop()
     return tuple(int(word) if word.isdecimal() else word for word in words)
@@ -216,10 +236,21 @@ def _rebuilt(tree: PyTree, sources: Iterator[Any]) -> PyTree:
 def _refilled(own: Any, parts: dict[tuple[Any, ...], Any]) -> Any:
     fields = own._asdict()
     fields.pop("inner_state", None)
-    filled = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _placed(parts[_spelled(path)], leaf), fields
-    )
-    return own._replace(**filled)
+
+    def fill(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = _spelled(path)
+        old = parts[names]
+        return _placed(old if {*names} & _MEASURED else _bounded(old), leaf)
+
+    return own._replace(**jax.tree_util.tree_map_with_path(fill, fields))
+
+
+def _bounded(value: Any) -> Any:
+    """With the largest finite number for infinity, by which 0.1.0 said "no bound"."""
+    value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+    return jnp.where(jnp.isposinf(value), no_bound(value.dtype), value)
 
 
 def _placed(old: Any, new: Any) -> Any:

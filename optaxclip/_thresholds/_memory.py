@@ -109,6 +109,15 @@ def per_norm(
     return optax.GradientTransformation(init, update)
 
 
+def no_bound(dtype: Any) -> float:
+    """The largest finite number of a dtype, which stands in a state for "no bound".
+
+    Rules return infinity; but wrappers that mix states arithmetically make NaN of one
+    in a state, and ``jax_debug_infs`` refuses it.
+    """
+    return float(jnp.finfo(dtype).max)
+
+
 def like(value: Number, norm: jax.Array) -> jax.Array:
     """A number in the dtype of a norm."""
     return jnp.asarray(value).astype(norm.dtype)

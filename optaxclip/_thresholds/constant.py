@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
+from optaxclip._show import shown
 
 PyTree = Any
 Threshold = jax.typing.ArrayLike | optax.Schedule
@@ -18,6 +19,8 @@ class ScheduleState(NamedTuple):
     """State of :func:`constant` on a schedule."""
 
     schedule_step: jax.Array  # int32 scalar: how often the schedule was asked
+
+    __repr__ = shown
 
 
 def constant(value: Threshold) -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
+from optaxclip._show import shown
 from optaxclip._thresholds._memory import (
     Number,
     Outlying,
@@ -26,6 +27,8 @@ class EmaState(NamedTuple):
 
     ema_count: PyTree  # int32: norms recorded in the warm-up, at most `warmup`
     ema_mean: PyTree  # running mean of what was recorded; 0 before the first
+
+    __repr__ = shown
 
 
 def smallest(mean: jax.Array, norm: jax.Array, count: jax.Array) -> jax.Array:

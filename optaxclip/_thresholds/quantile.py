@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._thresholds._memory import Number, PyTree, per_norm
+from optaxclip._show import shown
+from optaxclip._thresholds._memory import Number, PyTree, no_bound, per_norm
 
 
 class QuantileState(NamedTuple):
@@ -18,6 +19,8 @@ class QuantileState(NamedTuple):
     quantile_sorted: PyTree  # the same in ascending order
     quantile_slot: PyTree  # int32: where in the ring the next norm goes
     quantile_count: PyTree  # int32: how many norms the ring holds
+
+    __repr__ = shown
 
 
 def quantile(
@@ -108,7 +111,8 @@ def quantile(
 
     def init_one(norm: jax.Array) -> QuantileState:
         def padding() -> jax.Array:
-            return jnp.broadcast_to(jnp.full_like(norm, jnp.inf), (window, *norm.shape))
+            largest = jnp.full_like(norm, no_bound(norm.dtype))
+            return jnp.broadcast_to(largest, (window, *norm.shape))
 
         def zero() -> jax.Array:
             return jnp.zeros_like(norm, jnp.int32)
@@ -128,7 +132,7 @@ def quantile(
 
 
 def _record(norm: jax.Array, state: QuantileState) -> QuantileState:
-    """The memory with the norm in place of the oldest one (at first, of infinity)."""
+    """The memory with the norm in place of the oldest one (at first, of padding)."""
     ring, ascending, slot, count = state
     window = ring.shape[0]
     norm = jax.lax.stop_gradient(norm)  # A derivative has no business in the memory.
@@ -139,7 +143,7 @@ def _record(norm: jax.Array, state: QuantileState) -> QuantileState:
     # Behind where the oldest was, all move up; behind where the newest goes, all move
     # back. Padding shifts: it compiles to vector instructions, concatenation does not.
     other_axes = [(0, 0, 0)] * norm.ndim
-    least, most = jnp.zeros((), ring.dtype), jnp.full((), jnp.inf, ring.dtype)
+    least, most = (jnp.asarray(x, ring.dtype) for x in (0, no_bound(ring.dtype)))
     previous = jax.lax.pad(ascending, least, [(1, -1, 0), *other_axes])
     following = jax.lax.pad(ascending, most, [(-1, 1, 0), *other_axes])
     lower = jnp.where(previous < oldest[None], previous, ascending)
@@ -167,7 +171,7 @@ def _interpolate(ascending: jax.Array, count: jax.Array, q: Any) -> jax.Array:
         index, remainder = jnp.divmod(last * exact.numerator, exact.denominator)
         fraction = remainder.astype(ascending.dtype) / exact.denominator
     low, high = _at(ascending, index), _at(ascending, jnp.minimum(index + 1, last))
-    # No difference of infinities where nothing is recorded.
+    # Not the padding, whose multiples overflow, where nothing is recorded.
     low, high = (jnp.where(count > 0, end, 0) for end in (low, high))
     return jnp.minimum(low + fraction * (high - low), high)
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._thresholds._memory import Number, PyTree, like, per_norm
+from optaxclip._show import shown
+from optaxclip._thresholds._memory import Number, PyTree, like, no_bound, per_norm
 
 
 class TrackedQuantileState(NamedTuple):
@@ -15,6 +16,8 @@ class TrackedQuantileState(NamedTuple):
 
     tracked_log_threshold: PyTree  # the threshold's logarithm; infinity before a start
     tracked_log_remainder: PyTree  # what rounding has kept out of it so far
+
+    __repr__ = shown
 
 
 def tracked_quantile(
@@ -108,15 +111,16 @@ def tracked_quantile(
         _check_positive("start", start)
 
     def init_one(norm: jax.Array) -> TrackedQuantileState:
-        first = jnp.inf if start is None else jnp.log(start)
+        first = no_bound(norm.dtype) if start is None else jnp.log(start)
         return TrackedQuantileState(jnp.full_like(norm, first), jnp.zeros_like(norm))
 
     def update_one(
         norm: jax.Array, state: TrackedQuantileState
     ) -> tuple[jax.Array, TrackedQuantileState]:
         share, pace, least = (like(number, norm) for number in (q, rate, floor))
-        threshold = jnp.maximum(jnp.exp(state.tracked_log_threshold), least)
-        started = state.tracked_log_threshold < jnp.inf
+        started = state.tracked_log_threshold < no_bound(norm.dtype)
+        known = jnp.exp(jnp.where(started, state.tracked_log_threshold, 0))
+        threshold = jnp.where(started, jnp.maximum(known, least), jnp.inf)
         recorded = (norm > 0) & (norm < jnp.inf)
         # A derivative has no business in the memory.
         size = jax.lax.stop_gradient(jnp.where(recorded, norm, 1))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
+from optaxclip._show import shown
 from optaxclip._thresholds._memory import Number, PyTree, like, per_norm
 
 
@@ -15,6 +16,8 @@ class WindowZscoreState(NamedTuple):
 
     window_zscore_count: PyTree  # int32: norms recorded so far
     window_zscore_ring: PyTree  # (window, ...): the last of them
+
+    __repr__ = shown
 
 
 def window_zscore(

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
+from optaxclip._show import shown
 from optaxclip._thresholds._memory import (
     Number,
     Outlying,
     PyTree,
     at_bound,
     like,
+    no_bound,
     per_norm,
     reciprocal,
     where_outlying,
@@ -27,9 +29,11 @@ class ZscoreState(NamedTuple):
     """State of :func:`zscore`: trees like the norms, each norm with its own memory."""
 
     zscore_count: PyTree  # int32: norms recorded in the warm-up, at most `warmup`
-    zscore_window: PyTree  # (warmup, ...): these norms, ascending, then infinity
+    zscore_window: PyTree  # (warmup, ...): these norms, ascending, then padding
     zscore_mean: PyTree  # running mean of what was recorded; 0 in the warm-up
     zscore_deviation: PyTree  # its running standard deviation; 0 in the warm-up
+
+    __repr__ = shown
 
 
 def quartiles(window: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -189,7 +193,7 @@ def zscore(
         return new_mean, _rms(deviation, recorded - new_mean, weight)
 
     def init_one(norm: jax.Array) -> ZscoreState:
-        empty = jnp.full_like(norm, jnp.inf, dtype=norm.dtype)
+        empty = jnp.full_like(norm, no_bound(norm.dtype), dtype=norm.dtype)
         return ZscoreState(
             zscore_count=jnp.zeros_like(norm, jnp.int32),
             zscore_window=jnp.broadcast_to(empty, (warmup, *norm.shape)),
@@ -209,7 +213,8 @@ def zscore(
 
     def remember(norm: jax.Array, state: ZscoreState, warm: jax.Array) -> ZscoreState:
         added = warm & (norm > 0)
-        window = _inserted(state.zscore_window, jnp.where(added, norm, jnp.inf))
+        nothing = no_bound(norm.dtype)
+        window = _inserted(state.zscore_window, jnp.where(added, norm, nothing))
         count = jnp.where(added, state.zscore_count + 1, state.zscore_count)
         full = count == warmup
         begins, moves = warm & full, ~warm & (norm > 0)
@@ -225,7 +230,7 @@ def zscore(
 
 
 def _inserted(window: jax.Array, norm: jax.Array) -> jax.Array:
-    """An ascending window with one more norm, less its largest; of infinity: as is."""
+    """An ascending window with one more norm, less its largest."""
     below = jnp.concatenate([jnp.zeros_like(window[:1]), window[:-1]])
     return jnp.minimum(window, jnp.maximum(below, norm[None]))
 

@@ -20,6 +20,7 @@ from optaxclip._kernel import (
     handing_over,
     measure,
     not_made,
+    own,
 )
 from optaxclip._norms import (
     AxisName,
@@ -30,6 +31,7 @@ from optaxclip._norms import (
     split,
     widen,
 )
+from optaxclip._show import shown
 
 PyTree = Any
 
@@ -44,6 +46,8 @@ class LossScaleState(NamedTuple):
     steps_since_overflow: jax.Array  # int32 scalar: steps made since the last overflow
     overflow_count: jax.Array  # int32 scalar: steps skipped since the start
     inner_state: PyTree  # as the last step that was made left it
+
+    __repr__ = shown
 
 
 def dynamic_loss_scale(
@@ -154,6 +158,7 @@ def dynamic_loss_scale(
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, LossScaleState]:
+        state = own(LossScaleState, state)
         scale = state.loss_scale
         size = measure(norm, split(updates).gradients)
         good = jnp.isfinite(size)

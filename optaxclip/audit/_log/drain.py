@@ -1,5 +1,6 @@
 """The rows of a recorder: from the optimizer state to the host, then to JSON."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 
 from optaxclip._kernel import find
 from optaxclip._state import HistoryState
+from optaxclip._thresholds import no_bound
 
 PyTree = Any
 
@@ -57,12 +59,28 @@ def _first_shard(x: Any) -> Any:
 def _ordered(count: int, history: Any) -> Rows:
     length = len(history.history_norm)
     step = np.arange(max(0, count - length), count)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(history.history_leaf_norms)
-    columns = [column[step % length] for column in history[:6]]  # norm to skipped
-    norms = [norms[step % length] for _, norms in leaves]
-    names = find.unique([[path for path, _ in leaves]])
-    stacked = np.stack(norms, axis=1) if norms else None
-    return Rows(step, *columns, leaf_norms=stacked, leaf_names=tuple(names), end=count)
+    at = jax.tree.map(lambda column: np.asarray(column)[step % length], history)
+    no_threshold = at.history_threshold >= no_bound(at.history_threshold.dtype)
+    norms = dict(at.history_leaf_norms or {})
+    names = tuple(sorted(norms, key=_natural))
+    return Rows(
+        step=step,
+        norm=at.history_norm,
+        threshold=np.where(no_threshold, np.inf, at.history_threshold),
+        scale=at.history_scale,
+        loss=np.where(at.history_has_loss, at.history_loss, np.nan),
+        clipped=at.history_clipped.astype(bool),
+        skipped=at.history_skipped.astype(bool),
+        leaf_norms=np.stack([norms[x] for x in names], axis=1) if names else None,
+        leaf_names=names,
+        end=count,
+    )
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key to sort names by: numbers in them by size, so that 10 comes after 2."""
+    parts = re.split(r"(\d+)", name)
+    return [(x.isdecimal(), int(x) if x.isdecimal() else 0, x) for x in parts]
 
 
 def first_difference(old: Any, new: Rows) -> int:

@@ -13,6 +13,7 @@ from optaxclip._thresholds import (
     Rule,
     Threshold,
     as_rule,
+    no_bound,
 )
 
 
@@ -80,7 +81,10 @@ def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
     if not len(series):
         return Replay(series, series)
     with jax.default_device(_cpu()):
-        return Replay(*map(np.asarray, _scan(as_rule(rule), jnp.asarray(series))))
+        results = _scan(as_rule(rule), jnp.asarray(series))
+    thresholds, scales = map(np.asarray, results)
+    unbounded = thresholds >= no_bound(thresholds.dtype)
+    return Replay(np.where(unbounded, np.inf, thresholds), scales)
 
 
 def checked(call: str, norms: np.ndarray) -> np.ndarray:
@@ -113,8 +117,8 @@ def _scan(
 ) -> tuple[jax.Array, jax.Array]:
     def step(state, norm):
         decision = decide(_measured, norm, None, norm, rule, state, {})
-        scale = clip_scale(norm, decision.thresholds)
-        return decision.rule_state, (decision.thresholds, scale)
+        threshold = decision.place(decision.thresholds)
+        return decision.rule_state, (threshold, clip_scale(norm, threshold))
 
     _, results = jax.lax.scan(step, rule.init(jnp.zeros_like(norms[0])), norms)
     return results

@@ -1,0 +1,58 @@
+"""Norms by name: what a norm returns, in plain containers, and back.
+
+A norm returns a tree of norms; a state keeps them in a dict by the path of each,
+``layer/0/kernel``, so that it holds no node type of the parameters (which may carry
+shardings that no norm fits) and knows which ones a step left out.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._norms import path_name
+
+PyTree = Any
+Norms = jax.Array | dict[str, jax.Array]
+
+
+class Named(NamedTuple):
+    """Norms by name, and a way to put what belongs to them where they were."""
+
+    norms: Norms  # one array if it has no path; of shape (0,) if there is none
+    place: Callable[[Norms], PyTree]  # any numbers by these names (or more) -> tree
+
+
+def named(tree: PyTree) -> Named:
+    """The norms in a tree by their paths."""
+    paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [path for path, _ in paths_and_norms]
+    if not paths:
+        return Named(jnp.zeros((0,), jnp.float32), lambda _: tree)
+    if paths == [()]:
+        return Named(tree, lambda norm: norm)
+    names = unique([paths])
+    norms = {name: norm for name, (_, norm) in zip(names, paths_and_norms, strict=True)}
+
+    def place(values: Norms) -> PyTree:
+        assert isinstance(values, dict)
+        return treedef.unflatten([values[name] for name in names])
+
+    return Named({name: norms[name] for name in sorted(norms)}, place)
+
+
+def by_name(norms: Norms) -> dict[str, jax.Array]:
+    """The norms as a dict: a single one has the empty name."""
+    if isinstance(norms, dict):
+        return norms
+    return {"": norms} if norms.size else {}
+
+
+def unique(spellings: list[list[tuple[Any, ...]]]) -> list[str]:
+    """The first spelling of some paths in which no two have the same name."""
+    for paths in spellings:
+        names = [path_name(path) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [jax.tree_util.keystr(path) for path in spellings[-1]]

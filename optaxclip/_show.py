@@ -1,0 +1,42 @@
+"""How a state prints: on one screen, whatever it holds."""
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+_MOST = 3  # entries of a dict that are shown
+
+
+def shown(self: Any) -> str:
+    """The ``__repr__`` of a NamedTuple of arrays: scalars in full, of others the shape.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> print(optaxclip.clip_by_percentile(window=5).init(jnp.ones(3)).rule_state)
+    QuantileState(quantile_ring=float32[5], quantile_sorted=float32[5], \
+quantile_slot=0, quantile_count=0)
+    """
+    fields = (f"{name}={_value(x)}" for name, x in self._asdict().items())
+    return f"{type(self).__name__}({', '.join(fields)})"
+
+
+def _value(x: Any) -> str:
+    return _dict(x) if isinstance(x, dict) else _array(x)
+
+
+def _dict(x: dict[Any, Any]) -> str:
+    entries = [f"{name!r}: {_value(x[name])}" for name in list(x)[:_MOST]]
+    more = [f"... {len(x) - _MOST} more"] if len(x) > _MOST else []
+    return "{" + ", ".join(entries + more) + "}"
+
+
+def _array(x: Any) -> str:
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        return repr(x)
+    known = not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    if x.shape or not known or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return f"{x.dtype}{list(x.shape)}"
+    if jnp.issubdtype(x.dtype, jnp.floating) and x == jnp.finfo(x.dtype).max:
+        return "no bound"
+    return f"{x.item():.6g}"

@@ -1,0 +1,379 @@
+"""States are plain: arrays in tuples and dicts, whatever the parameters are made of."""
+
+import pickle
+
+import equinox as eqx
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import TRANSFORMS, assert_same_bits
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import optaxclip
+
+every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+PARAMS = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "scale": 0.5}
+PARAMS = jax.tree.map(jnp.asarray, PARAMS)
+LOW = 0.05
+
+
+def everything(make, length=4):
+    """A clip with all that can stand around it."""
+    optimizer = optax.chain(make(LOW), optax.adam(1e-3))
+    guarded = optaxclip.skip_nonfinite(optaxclip.skip_spikes(optimizer))
+    return optaxclip.record_history(guarded, length, leaf_norms=True)
+
+
+# Flax NNX with shardings
+
+
+class Sharded(nnx.Module):
+    """A layer whose parameters say where they belong."""
+
+    def __init__(self):
+        kernel = jnp.arange(64.0).reshape(8, 8) / 64
+        self.kernel = nnx.Param(kernel, out_sharding=("data", None))
+        self.bias = nnx.Param(jnp.ones(8), out_sharding=("data",))
+
+
+def sharded_loss(model, x):
+    kernel = jax.sharding.reshard(model.kernel[...], P(None, None))
+    return jnp.sum((x @ kernel) ** 2) + jnp.sum(model.bias[...])
+
+
+FOUR = ("clip_by_leaf_norm", "adaptive_grad_clip", "clip_by_percentile(leaf)")
+MESHES = [
+    pytest.param(kind, devices, make, id=f"{kind.name}-{devices}-{name}")
+    for kind in (AxisType.Auto, AxisType.Explicit)
+    for devices in (8, 4)
+    for name, make in TRANSFORMS.items()
+    if devices == 8 or name in FOUR
+]
+
+
+@pytest.mark.parametrize(("kind", "devices", "make"), MESHES)
+def test_parameters_of_flax_nnx_with_shardings(kind, devices, make):
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
+    x = jnp.ones((2, 8))
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+        model = Sharded()
+        optimizer = nnx.Optimizer(model, everything(make), wrt=nnx.Param)
+
+        def step(model, optimizer):
+            optimizer.update(model, nnx.grad(sharded_loss)(model, x))
+
+        step(model, optimizer)
+        nnx.jit(step)(model, optimizer)
+    state = nnx.as_pure(optimizer.opt_state)
+    for moments in (optax.tree.get(state, "mu"), optax.tree.get(state, "nu")):
+        assert moments["kernel"].sharding.spec[0] == "data"
+        assert moments["bias"].sharding.spec == P("data")
+    report = optaxclip.metrics(optimizer, per_leaf=True)
+    counts = [x for name, x in report.items() if name.endswith("step_count")]
+    assert counts
+    assert all(count == 2 for count in counts)
+    assert set(state.history.history_leaf_norms) == {"kernel", "bias"}
+
+
+# Gradients that are missing
+
+
+def without_bias(tree):
+    return eqx.tree_at(lambda tree: tree["dense"]["bias"], tree, None)
+
+
+@every_transform
+def test_a_gradient_that_is_none_is_not_measured_and_its_memory_stays(make):
+    tx = optaxclip.record_history(make(LOW), 4, leaf_norms=True)
+    _, seen = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    updates, state = tx.update(without_bias(PARAMS), seen, PARAMS)
+    assert updates["dense"]["bias"] is None
+    assert jax.tree.structure(state) == jax.tree.structure(seen)
+    for x, y in zip(
+        *(jax.tree_util.tree_leaves_with_path(s.inner_state) for s in (state, seen)),
+        strict=True,
+    ):
+        of_memory = "rule_state" in jax.tree_util.keystr(x[0])
+        if of_memory and "dense/bias" in jax.tree_util.keystr(x[0]):
+            assert_same_bits(x[1], y[1])
+    assert state.history.history_leaf_norms["dense/bias"][1] == 0
+    alone = make(LOW)
+    frozen = without_bias(PARAMS)
+    _, expected = alone.update(frozen, alone.init(frozen), frozen)
+    _, first = tx.update(frozen, tx.init(PARAMS), PARAMS)
+    for name, value in optaxclip.metrics(expected, per_leaf=True).items():
+        if "clipped_norm_fraction" not in name:  # of fewer norms
+            np.testing.assert_allclose(
+                optaxclip.metrics(first, per_leaf=True)[name], value, rtol=1e-6
+            )
+
+
+def test_equinox_freezes_layers_its_own_way():
+    """`init` on the whole model; gradients that are None for what is frozen."""
+    model = eqx.nn.MLP(3, 2, 4, depth=2, key=jax.random.key(0))
+    spec = jax.tree.map(lambda _: False, model)
+    spec = eqx.tree_at(
+        lambda tree: (tree.layers[-1].weight, tree.layers[-1].bias), spec, (True, True)
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for make in TRANSFORMS.values():
+            tx = optax.chain(make(LOW), optax.sgd(0.1))
+            state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+            trained, frozen = eqx.partition(model, spec)
+
+            def loss(trained, frozen=frozen):
+                return jnp.sum(eqx.combine(trained, frozen)(jnp.ones(3)) ** 2)
+
+            grads = eqx.filter_grad(loss)(trained)
+            updates, state = tx.update(
+                grads, state, eqx.filter(model, eqx.is_inexact_array)
+            )
+            new = eqx.apply_updates(model, updates)
+            assert not np.array_equal(new.layers[-1].bias, model.layers[-1].bias)
+            assert_same_bits(new.layers[0].weight, model.layers[0].weight)
+
+
+def test_a_skip_around_adam_takes_gradients_that_are_none():
+    tx = optaxclip.skip_nonfinite(optax.adam(1e-3))
+    state = tx.init(PARAMS)
+    bad = without_bias(jax.tree.map(lambda x: x * jnp.nan, PARAMS))
+    for gradients, skipped in [(without_bias(PARAMS), 0), (bad, 1)]:
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(gradients, state, PARAMS)
+        assert state.skip_count == skipped
+        assert updates["dense"]["bias"] is None
+
+
+@every_transform
+def test_a_leaf_that_init_did_not_see_is_named(make):
+    tx = make(LOW)
+    if not isinstance(tx.init(PARAMS).clip_metrics.grad_norm, dict):
+        pytest.skip("one norm, whatever the leaves")
+    state = tx.init(without_bias(PARAMS))
+    with pytest.raises(ValueError, match=r"updates=.*\['dense/bias'\]"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+def test_parameters_that_are_missing_are_named():
+    tx = optaxclip.adaptive_grad_clip(0.1)
+    with pytest.raises(ValueError, match=r"params=.*none at \['dense/bias'\]"):
+        tx.update(PARAMS, tx.init(PARAMS), without_bias(PARAMS))
+
+
+# States that are mixed, checked for NaN, printed
+
+
+WRAPPED = {
+    **{name: (lambda make=make: make(LOW)) for name, make in TRANSFORMS.items()},
+    "skip_nonfinite": lambda: optaxclip.skip_nonfinite(optax.identity()),
+    "skip_spikes": lambda: optaxclip.skip_spikes(optax.identity(), 6.0, 4, 2),
+    "dynamic_loss_scale": lambda: optaxclip.dynamic_loss_scale(optax.identity()),
+    "record_history": lambda: optaxclip.record_history(
+        optaxclip.clip_by_leaf_norm(LOW), 3, leaf_norms=True
+    ),
+}
+wrapped = pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
+
+
+@wrapped
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_sam_ends_with_the_parameters_of_its_opaque_mode(make, place):
+    """Its default mode adds up states, each times 0 or 1."""
+    target = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
+
+    def grad(params, _=None):
+        return jax.tree.map(lambda p, t: 4 * (p - t) ** 3, params, target)
+
+    def sam(opaque):
+        adversary = [optax.contrib.normalize(), optax.sgd(0.1)]
+        if place == "beside":
+            adversary.insert(0, make())
+        outer = optax.chain(make(), optax.sgd(0.01))
+        return optax.contrib.sam(
+            outer, optax.chain(*adversary), opaque_mode=opaque, reset_state=False
+        )
+
+    ends = []
+    with jax.numpy_dtype_promotion("standard"):
+        for opaque in (True, False):
+            tx = sam(opaque)
+            params = jax.tree.map(jnp.zeros_like, target)
+            state = tx.init(params)
+            structure = jax.eval_shape(lambda s: s, state)
+            extra = {"grad_fn": grad} if opaque else {}
+            for _ in range(6 if opaque else 12):
+                updates, state = tx.update(grad(params), state, params, **extra)
+                params = optax.apply_updates(params, updates)
+            ends.append(params)
+        same = jax.tree.map(lambda x, y: x.dtype == y.dtype, state, structure)
+    assert jax.tree.all(same)
+    for x, y in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@wrapped
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_nothing_is_nan_or_infinite_unless_a_gradient_was(make, jit):
+    with jax.debug_nans(True), jax.debug_infs(True):
+        tx = make()
+        state = tx.init(PARAMS)
+        update = jax.jit(tx.update) if jit else tx.update
+        for extra in ({}, {"loss": jnp.float32(2.0)}):
+            _, new = update(PARAMS, state, PARAMS, **extra)
+            assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(new))
+        report = optaxclip.metrics(state)
+        assert all(np.isfinite(value) for value in report.values())
+    for name, value in optaxclip.metrics(tx.init(PARAMS)).items():
+        if name.endswith("threshold"):
+            assert value == np.inf
+
+
+@wrapped
+def test_a_state_prints_on_one_screen(make):
+    many = {f"layer_{i}": {"kernel": jnp.ones((3, 3))} for i in range(100)}
+    for params in (PARAMS, many):
+        tx = make()
+        _, state = tx.update(params, tx.init(params), params)
+        text = repr(state)
+        lines = sum(len(line) // 80 + 1 for line in text.splitlines())
+        assert lines <= 24, text
+        assert "count=" in text or "loss_scale=" in text
+
+
+def test_how_a_state_prints():
+    tx = optaxclip.clip_by_percentile(95, window=100, norm=optaxclip.leaf_norm)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert repr(state).startswith(
+        "ClipState(step_count=1, clip_count=0, nonfinite_count=0, "
+        "rule_state=QuantileState(quantile_ring={'dense/bias': float32[100], "
+    )
+    assert "grad_norm={'dense/bias': 1.41421, 'dense/kernel': 2.44949" in repr(state)
+    assert "float32[]" in repr(jax.eval_shape(tx.init, PARAMS))
+
+
+@every_transform
+def test_tree_map_params_takes_no_norm_threshold_or_scale_for_a_parameter(make):
+    tx = everything(make)
+    state = tx.init(PARAMS)
+    marked = optax.tree_map_params(
+        tx,
+        lambda x, param: f"{x.shape} for {param.shape}",
+        state,
+        PARAMS,
+        transform_non_params=lambda _: "other",
+    )
+    marks = jax.tree.leaves(jax.tree.broadcast(marked, state))
+    moments = [f"{x.shape} for {x.shape}" for x in jax.tree.leaves(PARAMS)]
+    assert sorted(mark for mark in marks if mark != "other") == sorted(2 * moments)
+
+
+# States that come from elsewhere
+
+
+@pytest.mark.parametrize("foreign", [None, (), optax.EmptyState(), {"step_count": 1}])
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("ClipState", lambda: optaxclip.clip_by_global_norm(1.0)),
+        ("SkipState", lambda: optaxclip.skip_nonfinite(optax.sgd(1.0))),
+        ("HistoryState", lambda: optaxclip.record_history(optaxclip.zclip(), 3)),
+        ("LossScaleState", lambda: optaxclip.dynamic_loss_scale(optax.sgd(1.0))),
+    ],
+)
+def test_a_foreign_state_is_told_to_come_from_init(foreign, kind, make):
+    with pytest.raises(ValueError, match=rf"must be a {kind}.*init\(.*migrate_state"):
+        make().update(PARAMS, foreign, PARAMS)
+
+
+def test_guarded_step_refuses_a_foreign_state():
+    guarded = optaxclip.guarded_step(optax.sgd(1.0))
+    with pytest.raises(ValueError, match="must be a SkipState"):
+        guarded.step(PARAMS, PARAMS, optax.EmptyState())
+
+
+def clip(rule):
+    return optaxclip.clip_by(optaxclip.global_norm, rule)
+
+
+def recorder(length):
+    return optaxclip.record_history(optaxclip.clip_by_global_norm(1.0), length)
+
+
+SIZED = {
+    "record_history": (recorder, "history/history_clipped", 4, 9),
+    "zclip": (lambda n: optaxclip.zclip(warmup=n), "zscore_window", 10, 25),
+    "quantile": (lambda n: clip(optaxclip.quantile(0.9, n)), "quantile_ring", 3, 7),
+    "window_zscore": (
+        lambda n: clip(optaxclip.window_zscore(window=n, min_count=2)),
+        "window_zscore_ring",
+        6,
+        8,
+    ),
+    "percentile of leaves": (
+        lambda n: optaxclip.clip_by_percentile(50, n, norm=optaxclip.leaf_norm),
+        "quantile_ring/dense/bias",
+        3,
+        7,
+    ),
+}
+
+
+def with_flax(state, template):
+    return flax.serialization.from_bytes(template, flax.serialization.to_bytes(state))
+
+
+def with_pickle(state, template):
+    return pickle.loads(pickle.dumps(state))
+
+
+def train(tx, state, steps):
+    for step in range(steps):
+        grads = jax.tree.map(lambda x, step=step: x * (1.0 + step % 3), PARAMS)
+        _, state = tx.update(grads, state, PARAMS)
+    return state
+
+
+@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("restored", [with_flax, with_pickle])
+@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.parametrize("steps", [2, 30])
+def test_a_state_of_another_size_is_refused(name, restored, grown, steps):
+    make, field, small, large = SIZED[name]
+    old, new = (small, large) if grown else (large, small)
+    state = train(make(old), make(old).init(PARAMS), steps)
+    state = restored(state, make(new).init(PARAMS))
+    for update in (make(new).update, jax.jit(make(new).update)):
+        message = rf"{field}.*\({old},\) in place of \({new},\).*migrate_state"
+        with pytest.raises(ValueError, match=message):
+            update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("restored", [with_flax, with_pickle])
+def test_a_restored_state_of_the_same_size_goes_on(name, restored):
+    make, _, size, _ = SIZED[name]
+    tx = make(size)
+    state = train(tx, tx.init(PARAMS), 2 * size)
+    on_host = jax.tree.map(np.asarray, restored(state, tx.init(PARAMS)))
+    assert_same_bits(train(tx, on_host, 3), train(tx, state, 3))
+
+
+@wrapped
+def test_states_of_numpy_arrays_work_eagerly(make):
+    tx = make()
+    state = train(tx, tx.init(PARAMS), 2)
+    on_host = jax.tree.map(np.asarray, state)
+    assert_same_bits(train(tx, on_host, 2), train(tx, state, 2))
+
+
+@pytest.mark.parametrize("warmup", [3, 10])
+def test_ema_goes_on_with_another_warmup(warmup):
+    tx, other = clip(optaxclip.ema(warmup=5)), clip(optaxclip.ema(warmup=warmup))
+    state = train(tx, tx.init(PARAMS), 4)
+    count = other.update(PARAMS, state, PARAMS)[1].rule_state.ema_count
+    assert count == (4 if warmup == 3 else 5)
