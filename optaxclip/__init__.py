@@ -1,10 +1,47 @@
-"""Gradient clipping for JAX that is right everywhere and tells you what it did."""
+"""Gradient clipping for JAX that is right everywhere and tells you what it did.
+
+Every transformation is an ``optax.GradientTransformation``: put it in ``optax.chain``.
+
+Clips with a fixed threshold
+  clip_by_global_norm, clip_by_value, clip_by_leaf_norm, clip_by_block_rms,
+  adaptive_grad_clip
+
+Clips that choose their own threshold
+  clip_by_percentile, autoclip, zclip, adagc
+
+Around an optimizer
+  skip_nonfinite, skip_spikes: skip bad steps as a whole
+  dynamic_loss_scale, loss_scale: float16
+  record_history: keep the last steps on the device
+  guarded_step: a skip for a loop that owns its parameters
+
+Reading and moving states
+  metrics: what the clips did, as scalars for any logger
+  migrate_state: take a checkpoint over to another clip
+  audit: log, replay, report (a subpackage)
+
+Build your own
+  clip_by, skip_by
+  norms: global_norm, leaf_norm, unit_norm, leaf_rms; unit_axes has layouts
+  rules for the threshold: constant, relative, quantile, tracked_quantile, zscore,
+  window_zscore, ema, lowest; rules has their parts
+  rescale, clamp: how a threshold is applied
+
+States and types
+  ClipState, ClipMetrics, SkipState, SkipMetrics, LossScaleState, HistoryState, History,
+  GuardedStep, AxisName, Norm, Norms, Rule, Threshold
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from optaxclip import rules as rules
 from optaxclip import unit_axes as unit_axes
 from optaxclip._kernel import ClipMetrics as ClipMetrics
 from optaxclip._kernel import ClipState as ClipState
 from optaxclip._kernel import GuardedStep as GuardedStep
+from optaxclip._kernel import Norm as Norm
+from optaxclip._kernel import Norms as Norms
 from optaxclip._kernel import SkipMetrics as SkipMetrics
 from optaxclip._kernel import SkipState as SkipState
 from optaxclip._kernel import clamp as clamp
@@ -12,6 +49,7 @@ from optaxclip._kernel import clip_by as clip_by
 from optaxclip._kernel import guarded_step as guarded_step
 from optaxclip._kernel import rescale as rescale
 from optaxclip._kernel import skip_by as skip_by
+from optaxclip._norms import AxisName as AxisName
 from optaxclip._norms import global_norm as global_norm
 from optaxclip._norms import leaf_norm as leaf_norm
 from optaxclip._norms import leaf_rms as leaf_rms
@@ -21,6 +59,8 @@ from optaxclip._state import HistoryState as HistoryState
 from optaxclip._state import metrics as metrics
 from optaxclip._state import migrate_state as migrate_state
 from optaxclip._state import record_history as record_history
+from optaxclip._thresholds import Rule as Rule
+from optaxclip._thresholds import Threshold as Threshold
 from optaxclip._thresholds import constant as constant
 from optaxclip._thresholds import ema as ema
 from optaxclip._thresholds import lowest as lowest
@@ -44,4 +84,65 @@ from optaxclip._transforms import skip_nonfinite as skip_nonfinite
 from optaxclip._transforms import skip_spikes as skip_spikes
 from optaxclip._transforms import zclip as zclip
 
+if TYPE_CHECKING:
+    from optaxclip import audit as audit
+
+__all__ = [
+    "AxisName",
+    "ClipMetrics",
+    "ClipState",
+    "GuardedStep",
+    "History",
+    "HistoryState",
+    "LossScaleState",
+    "Norm",
+    "Norms",
+    "Rule",
+    "SkipMetrics",
+    "SkipState",
+    "Threshold",
+    "adagc",
+    "adaptive_grad_clip",
+    "audit",
+    "autoclip",
+    "clamp",
+    "clip_by",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_leaf_norm",
+    "clip_by_percentile",
+    "clip_by_value",
+    "constant",
+    "dynamic_loss_scale",
+    "ema",
+    "global_norm",
+    "guarded_step",
+    "leaf_norm",
+    "leaf_rms",
+    "loss_scale",
+    "lowest",
+    "metrics",
+    "migrate_state",
+    "quantile",
+    "record_history",
+    "relative",
+    "rescale",
+    "rules",
+    "skip_by",
+    "skip_nonfinite",
+    "skip_spikes",
+    "tracked_quantile",
+    "unit_axes",
+    "unit_norm",
+    "window_zscore",
+    "zclip",
+    "zscore",
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports ``optaxclip.audit`` when it is first asked for."""
+    if name == "audit":
+        return importlib.import_module("optaxclip.audit")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,12 @@
-"""How a state prints: on one screen, whatever it holds."""
+"""How states and defaults print: a state on one screen, a default by its name."""
 
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import jax
 import jax.core
 import jax.numpy as jnp
+
+T = TypeVar("T")
 
 _MOST = 3  # entries of a dict that are shown
 
@@ -40,3 +42,26 @@ def _array(x: Any) -> str:
     if jnp.issubdtype(x.dtype, jnp.floating) and x == jnp.finfo(x.dtype).max:
         return "no bound"
     return f"{x.item():.6g}"
+
+
+class _Default(Generic[T]):
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return getattr(self.value, "__name__", repr(self.value))
+
+
+def default(value: T) -> T:
+    """A default argument that prints as its name, and that is static.
+
+    ``optax.inject_hyperparams`` calls functions, which it takes for schedules, and
+    makes arrays of numbers; of defaults it should do neither. The callee unwraps it by
+    :func:`chosen`.
+    """
+    return cast(T, _Default(value))
+
+
+def chosen(argument: T) -> T:
+    """The argument, or what a :func:`default` stands for."""
+    return cast(T, argument.value) if isinstance(argument, _Default) else argument

@@ -16,3 +16,14 @@ from optaxclip._thresholds import quartiles as quartiles
 from optaxclip._thresholds import reciprocal as reciprocal
 from optaxclip._thresholds import smallest as smallest
 from optaxclip._thresholds import unchanged as unchanged
+
+__all__ = [
+    "at_bound",
+    "at_mean",
+    "average",
+    "moments",
+    "quartiles",
+    "reciprocal",
+    "smallest",
+    "unchanged",
+]

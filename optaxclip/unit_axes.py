@@ -22,3 +22,11 @@ from optaxclip._norms.unit_axes import flax as flax
 from optaxclip._norms.unit_axes import output_first as output_first
 from optaxclip._norms.unit_axes import output_last as output_last
 from optaxclip._norms.unit_axes import stacked as stacked
+
+__all__ = [
+    "by_rank",
+    "flax",
+    "output_first",
+    "output_last",
+    "stacked",
+]

@@ -4,6 +4,8 @@ Every clip of the package is ``clip_by(norm, threshold, apply)``; what one clip 
 hold, all hold, because it stands here once.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ from optaxclip._norms import (
     split,
     widen,
 )
-from optaxclip._show import shown
+from optaxclip._show import chosen, default, shown
 from optaxclip._thresholds import (
     Rule,
     Threshold,
@@ -124,7 +126,7 @@ def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
 def clip_by(
     norm: Norm,
     threshold: Threshold | Rule,
-    apply: Apply = rescale,
+    apply: Apply = default(rescale),
     *,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -180,6 +182,7 @@ def clip_by(
       >>> print(updates["w"], updates["b"])
       [0.6 0.8] [0.5]
     """
+    norm, apply = chosen(norm), chosen(apply)
     if not callable(norm):
         raise ValueError(
             f"`clip_by(norm=...)` must be a function of a tree, got {norm!r}. "

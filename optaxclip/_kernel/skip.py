@@ -5,6 +5,8 @@ shrinks them, and NaN times zero is NaN. A skipped step leaves the inner state a
 was, bit for bit.
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from optaxclip._norms import (
     same_on_all_devices,
     split,
 )
-from optaxclip._show import shown
+from optaxclip._show import chosen, default, shown
 from optaxclip._thresholds import (
     Rule,
     Threshold,
@@ -66,7 +68,7 @@ class GuardedStep(NamedTuple):
 
 def skip_by(
     inner: optax.GradientTransformation,
-    norm: Norm = global_norm,
+    norm: Norm = default(global_norm),
     threshold: Threshold | Rule = jnp.inf,
     *,
     watch_loss: bool = False,
@@ -124,7 +126,8 @@ def skip_by(
       [0. 0.] 2
     """
     inner = optax.with_extra_args_support(inner)
-    guard = _Guard(inner, along(norm, axis_name), as_rule(threshold), watch_loss)
+    norm = along(chosen(norm), axis_name)
+    guard = _Guard(inner, norm, as_rule(threshold), watch_loss)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -140,7 +143,7 @@ def skip_by(
 
 def guarded_step(
     inner: optax.GradientTransformation,
-    norm: Norm = global_norm,
+    norm: Norm = default(global_norm),
     threshold: Threshold | Rule = jnp.inf,
     *,
     watch_loss: bool = False,
@@ -182,7 +185,8 @@ def guarded_step(
       [-1. -1.] 1
     """
     inner = optax.with_extra_args_support(inner)
-    guard = _Guard(inner, along(norm, axis_name), as_rule(threshold), watch_loss)
+    norm = along(chosen(norm), axis_name)
+    guard = _Guard(inner, norm, as_rule(threshold), watch_loss)
 
     def step(
         updates: PyTree, params: PyTree, state: Any, **extra_args: Any

@@ -4,6 +4,8 @@ All of them accumulate in float32 whatever the dtype of a leaf (float64 for floa
 leaves), count complex numbers by modulus, and ignore leaves that are no gradients.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 import operator

@@ -1,5 +1,7 @@
 """Which axes of a leaf belong to one unit, see :mod:`optaxclip.unit_axes`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ from optaxclip._norms.gradients import path_name
 
 Path = tuple[Any, ...]
 Axes = tuple[int, ...]
-Leaf = jax.Array | jax.ShapeDtypeStruct
+Leaf = Any  # a `jax.Array` or a `jax.ShapeDtypeStruct`
 AxisFunction = Callable[[Path, Leaf], Axes | int]
 Axis = Any  # None, int, tuple of int, AxisFunction, or a prefix tree of these
 

@@ -1,5 +1,7 @@
 """The flight recorder: the last steps of a clip, on device, without a host sync."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Reading what the clips, skips and loss scales in an optimizer state did."""
 
+from __future__ import annotations
+
 import itertools
 from typing import Any, NamedTuple
 

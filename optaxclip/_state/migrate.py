@@ -1,5 +1,7 @@
 """Carrying the state of an optimizer over to one with other clips."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 

@@ -15,6 +15,8 @@ function              an outlying norm becomes
 ====================  ==============================================================
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

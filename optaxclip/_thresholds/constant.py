@@ -1,5 +1,7 @@
 """The rule `constant`: a threshold that does not look at the norms."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

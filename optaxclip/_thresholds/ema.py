@@ -1,5 +1,7 @@
 """The rule `ema`: a multiple of the running mean of past norms."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._show import shown
+from optaxclip._show import chosen, default, shown
 from optaxclip._thresholds._memory import (
     Number,
     Outlying,
@@ -65,8 +67,8 @@ def ema(
     decay: Number = 0.98,
     warmup: int = 100,
     *,
-    start: Start = smallest,
-    record: Outlying = at_bound,
+    start: Start = default(smallest),
+    record: Outlying = default(at_bound),
     floor: Number = 1e-12,
 ) -> optax.GradientTransformation:
     r"""A multiple of the running mean of past norms: AdaGC's rule.
@@ -136,6 +138,7 @@ def ema(
       Pretraining <https://arxiv.org/abs/2502.11034>`_, 2025
     """
     call = "ema"
+    warmup, start, record = chosen(warmup), chosen(start), chosen(record)
     _checks.check(call, "ratio", ratio, lambda x: x > 1, "above 1")
     _checks.check(call, "decay", decay, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
     _checks.count(call, "warmup", warmup)

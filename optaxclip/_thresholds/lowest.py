@@ -1,5 +1,7 @@
 """The rule `lowest`: the smallest of several thresholds."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The rule `quantile`: a quantile of the last norms, exactly."""
 
+from __future__ import annotations
+
 import fractions
 from typing import Any, NamedTuple
 
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._show import shown
+from optaxclip._show import chosen, shown
 from optaxclip._thresholds._memory import Number, PyTree, no_bound, per_norm
 
 
@@ -106,6 +108,7 @@ def quantile(
     """
     in_range = "a number in [0, 1]"
     _checks.check("quantile", "q", q, lambda x: not x.ndim and 0 <= x <= 1, in_range)
+    window, min_count = chosen(window), chosen(min_count)
     _checks.count("quantile", "window", window)
     _checks.count("quantile", "min_count", min_count, most=window)
 

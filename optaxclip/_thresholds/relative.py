@@ -1,5 +1,7 @@
 """The rule `relative`: a threshold in proportion to the norm of the parameters."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """The rule `tracked_quantile`: a quantile of the norms, followed with one number."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """The rule `window_zscore`: so many standard deviations above the mean of a window."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._show import shown
+from optaxclip._show import chosen, shown
 from optaxclip._thresholds._memory import Number, PyTree, like, per_norm
 
 
@@ -70,6 +72,7 @@ def window_zscore(
       OLMo Team, `2 OLMo 2 Furious <https://arxiv.org/abs/2501.00656>`_, 2024
     """
     call = "window_zscore"
+    window, min_count = chosen(window), chosen(min_count)
     _checks.check(call, "z_threshold", z_threshold, lambda x: x > 0, "positive")
     _checks.count(call, "window", window, least=2)
     _checks.count(call, "min_count", min_count, least=2, most=window)

@@ -1,5 +1,7 @@
 """The rule `zscore`: so many standard deviations above the running mean."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._show import shown
+from optaxclip._show import chosen, default, shown
 from optaxclip._thresholds._memory import (
     Number,
     Outlying,
@@ -74,9 +76,9 @@ def zscore(
     decay: Number = 0.97,
     warmup: int = 25,
     *,
-    start: Start = quartiles,
-    response: Outlying = reciprocal,
-    record: Outlying = at_bound,
+    start: Start = default(quartiles),
+    response: Outlying = default(reciprocal),
+    record: Outlying = default(at_bound),
     min_deviation: Number = 0.01,
     floor: Number = 1e-12,
 ) -> optax.GradientTransformation:
@@ -173,6 +175,8 @@ def zscore(
       <https://arxiv.org/abs/2504.02507>`_, 2025
     """
     call = "zscore"
+    warmup, start = chosen(warmup), chosen(start)
+    response, record = chosen(response), chosen(record)
     _checks.check(call, "z_threshold", z_threshold, lambda x: x > 0, "positive")
     _checks.check(call, "decay", decay, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
     _checks.count(call, "warmup", warmup)

@@ -1,5 +1,7 @@
 """The named clips that choose their own threshold."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from optaxclip._norms import (
     global_norm,
     leaf_norm,
 )
+from optaxclip._show import chosen, default
 from optaxclip._thresholds import (
     Number,
     Rule,
@@ -29,11 +32,11 @@ PyTree = Any
 
 def clip_by_percentile(
     percentile: float = 95.0,
-    window: int = 1000,
+    window: int = default(1000),
     max_norm: Threshold | None = None,
     *,
-    min_count: int = 1,
-    norm: Norm = global_norm,
+    min_count: int = default(1),
+    norm: Norm = default(global_norm),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips to a percentile of the last norms: no threshold to tune.
@@ -109,10 +112,10 @@ def clip_by_percentile(
 
 def autoclip(
     percentile: float = 10.0,
-    window: int = 10_000,
+    window: int = default(10_000),
     max_norm: Threshold | None = None,
     *,
-    norm: Norm = global_norm,
+    norm: Norm = default(global_norm),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AutoClip: clips to a low percentile of all norms so far, this one included.
@@ -167,10 +170,10 @@ def autoclip(
 def zclip(
     z_threshold: Number = 2.5,
     decay: Number = 0.97,
-    warmup: int = 25,
+    warmup: int = default(25),
     max_norm: Threshold | None = None,
     *,
-    norm: Norm = global_norm,
+    norm: Norm = default(global_norm),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ZClip: clips norms that lie many standard deviations above their running mean.
@@ -220,7 +223,7 @@ def zclip(
 def adagc(
     ratio: Number = 1.05,
     decay: Number = 0.98,
-    warmup: int = 100,
+    warmup: int = default(100),
     warmup_norm: float | None = 1.0,
     *,
     axis_name: AxisName = None,
@@ -277,6 +280,7 @@ def adagc(
       Wang et al., `AdaGC: Improving Training Stability for Large Language Model
       Pretraining <https://arxiv.org/abs/2502.11034>`_, 2025
     """
+    warmup = chosen(warmup)
     clip = clip_by(leaf_norm, ema(ratio, decay, warmup), axis_name=axis_name)
     if warmup_norm is None:
         return clip

@@ -1,5 +1,7 @@
 """The named clips: one to three lines each, and what the literature says of them."""
 
+from __future__ import annotations
+
 import functools
 import math
 

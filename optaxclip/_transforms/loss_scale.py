@@ -6,10 +6,13 @@ anything looks at a gradient, and has to drop the steps that overflow: all three
 place, around the optimizer, which sees true gradients and never a bad one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -31,7 +34,8 @@ from optaxclip._norms import (
     split,
     widen,
 )
-from optaxclip._show import shown
+from optaxclip._show import chosen, default, shown
+from optaxclip._thresholds import Number
 
 PyTree = Any
 
@@ -52,12 +56,12 @@ class LossScaleState(NamedTuple):
 
 def dynamic_loss_scale(
     inner: optax.GradientTransformation,
-    init_scale: float = 2.0**15,
-    growth_interval: int = 2000,
-    growth_factor: float = 2.0,
-    backoff_factor: float = 0.5,
-    min_scale: float = 1.0,
-    max_scale: float = 2.0**24,
+    init_scale: Number = 2.0**15,
+    growth_interval: int = default(2000),
+    growth_factor: Number = 2.0,
+    backoff_factor: Number = 0.5,
+    min_scale: Number = 1.0,
+    max_scale: Number = 2.0**24,
     *,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -141,6 +145,7 @@ def dynamic_loss_scale(
       Micikevicius et al., `Mixed Precision Training
       <https://arxiv.org/abs/1710.03740>`_, 2017
     """
+    growth_interval = chosen(growth_interval)
     _check_arguments(
         init_scale, growth_interval, growth_factor, backoff_factor, min_scale, max_scale
     )
@@ -149,7 +154,7 @@ def dynamic_loss_scale(
 
     def init(params: PyTree) -> LossScaleState:
         return LossScaleState(
-            loss_scale=jnp.asarray(init_scale, jnp.float32),
+            loss_scale=like(init_scale),
             steps_since_overflow=jnp.zeros((), jnp.int32),
             overflow_count=jnp.zeros((), jnp.int32),
             inner_state=inner.init(_widened(params)),
@@ -180,10 +185,13 @@ def dynamic_loss_scale(
             inner_state=inner_state,
         )
 
+    def like(number: Number) -> jax.Array:
+        return jnp.asarray(number, jnp.float32)
+
     def adjusted(scale: jax.Array, good: jax.Array, steps: jax.Array) -> jax.Array:
-        larger = jnp.minimum(scale * float(growth_factor), float(max_scale))
-        smaller = jnp.maximum(scale * float(backoff_factor), float(min_scale))
-        is_time = steps % min(int(growth_interval), _FOREVER) == 0
+        larger = jnp.minimum(scale * like(growth_factor), like(max_scale))
+        smaller = jnp.maximum(scale * like(backoff_factor), like(min_scale))
+        is_time = steps % min(growth_interval, _FOREVER) == 0
         return jnp.where(good, jnp.where(is_time, larger, scale), smaller)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -242,25 +250,28 @@ def _widened(tree: PyTree) -> PyTree:
 
 
 def _check_arguments(
-    init_scale: float,
+    init_scale: Number,
     growth_interval: int,
-    growth_factor: float,
-    backoff_factor: float,
-    min_scale: float,
-    max_scale: float,
+    growth_factor: Number,
+    backoff_factor: Number,
+    min_scale: Number,
+    max_scale: Number,
 ) -> None:
-    def within(low: float, high: float) -> Callable:
-        return lambda x: (x >= low) & (x <= high)
-
-    def check(argument: str, value: float, holds: Callable, rule: str) -> None:
+    def check(argument: str, value: Number, holds: Callable, rule: str) -> None:
         _checks.check("dynamic_loss_scale", argument, value, holds, rule)
 
-    held = within(_SMALLEST, _LARGEST)
-    check("min_scale", min_scale, held, "between 2**-126 and 2**126")
-    held = within(min_scale, _LARGEST)
-    check("max_scale", max_scale, held, "between `min_scale` and 2**126")
-    held = within(min_scale, max_scale)
-    check("init_scale", init_scale, held, "between `min_scale` and `max_scale`")
+    def check_within(
+        argument: str, value: Number, low: Any, high: Any, rule: str
+    ) -> None:
+        if not any(isinstance(bound, jax.core.Tracer) for bound in (low, high)):
+            check(argument, value, lambda x: (x >= low) & (x <= high), rule)
+
+    rule = "between 2**-126 and 2**126"
+    check_within("min_scale", min_scale, _SMALLEST, _LARGEST, rule)
+    rule = "between `min_scale` and 2**126"
+    check_within("max_scale", max_scale, min_scale, _LARGEST, rule)
+    rule = "between `min_scale` and `max_scale`"
+    check_within("init_scale", init_scale, min_scale, max_scale, rule)
     _checks.count("dynamic_loss_scale", "growth_interval", growth_interval)
     check("growth_factor", growth_factor, lambda x: x > 1, "above 1")
     is_share = "above 0 and below 1"

@@ -1,10 +1,13 @@
 """The named skips."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import optax
 
 from optaxclip._kernel import skip_by
 from optaxclip._norms import AxisName, global_norm
+from optaxclip._show import default
 from optaxclip._thresholds import Number, window_zscore
 
 
@@ -43,8 +46,8 @@ def skip_nonfinite(
 def skip_spikes(
     inner: optax.GradientTransformation,
     z_threshold: Number = 6.0,
-    window: int = 128,
-    min_count: int = 64,
+    window: int = default(128),
+    min_count: int = default(64),
     *,
     watch_loss: bool = False,
     axis_name: AxisName = None,

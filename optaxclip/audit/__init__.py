@@ -13,3 +13,19 @@ from optaxclip.audit._what_if import outcome_table as outcome_table
 from optaxclip.audit._what_if import parse_rule as parse_rule
 from optaxclip.audit._what_if import replay as replay
 from optaxclip.audit._what_if import suggest as suggest
+
+__all__ = [
+    "ClipLog",
+    "LogData",
+    "Outcome",
+    "Replay",
+    "Suggestion",
+    "Suggestions",
+    "compare",
+    "outcome_table",
+    "parse_rule",
+    "read",
+    "replay",
+    "report",
+    "suggest",
+]

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import pathlib
 
 import flax.serialization
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+import states_of_0_1_0
 from cases import HIGH, TRANSFORMS, array, assert_same_bits
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -432,3 +434,24 @@ def test_of_very_many_leaves_ten_are_named():
     with pytest.raises(ValueError, match="migrate_state") as error:
         optaxclip.migrate_state(optax.trace(0.9).init(params), percentile(), params)
     assert str(error.value).endswith("trace/8, trace/9, and 22 more.")
+
+
+@every_transform
+def test_states_of_version_0_1_0_go_on(make, request):
+    """Nested trees of norms, infinity for no bound, NaN for no loss: all taken over."""
+    path = pathlib.Path(states_of_0_1_0.__file__).with_suffix(".msgpack")
+    saved = flax.serialization.msgpack_restore(path.read_bytes())
+    old = saved[request.node.callspec.id]
+    tx = states_of_0_1_0.optimizer(make)
+    state = optaxclip.migrate_state(old["state"], tx, states_of_0_1_0.PARAMS)
+    assert state.history_count == 5
+    np.testing.assert_array_equal(state.history.history_has_loss, [1, 0, 0])
+    np.testing.assert_array_equal(state.history.history_loss, [3, 0, 0])
+    np.testing.assert_array_equal(state.history.history_skipped, [0, 0, 1])
+    memory = jax.tree.leaves((state.inner_state.inner_state, state.history[1:4]))
+    assert all(np.all(np.isfinite(x)) for x in memory)
+    later, state = states_of_0_1_0.run(tx, state, 5, 8)
+    expected = flax.serialization.from_state_dict(later, old["later"])
+    for x, y in zip(*map(jax.tree.leaves, (later, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    assert state.history_count == 8

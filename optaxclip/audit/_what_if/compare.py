@@ -1,5 +1,7 @@
 """Several rules on the norms of one run, side by side."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

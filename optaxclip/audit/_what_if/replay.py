@@ -1,5 +1,7 @@
 """Replay: what another rule would have done with the norms of a run."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 

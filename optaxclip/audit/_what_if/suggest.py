@@ -1,5 +1,7 @@
 """Thresholds to try, from the norms of a run and the field's rules of thumb."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np
