@@ -26,6 +26,7 @@ from optaxclip._norms import (
     is_gradient,
     same_on_all_devices,
     split,
+    varying_axes,
 )
 from optaxclip._show import chosen, default, shown
 from optaxclip._thresholds import (
@@ -322,5 +323,15 @@ def without_loss(state: SkipState) -> SkipState:
 def _zeros(path: tuple[Any, ...], update: Any, like: Any) -> Any:
     is_integer = jnp.issubdtype(jnp.result_type(update), jnp.integer)
     if is_gradient(path, update) or is_integer:
-        return jnp.zeros_like(like)  # varies, and is sharded, as what it stands for
+        return _zeros_like(like)
     return update
+
+
+def _zeros_like(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros that are sharded, and vary over devices, as what they stand for."""
+    # In two steps: JAX refuses the first of a type that varies, on Auto axes.
+    bare = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
+    zeros = jnp.zeros_like(bare)
+    manual = like.manual_axis_type
+    missing = (set() if manual is None else {*manual.varying}) - {*varying_axes(zeros)}
+    return jax.lax.pcast(zeros, tuple(sorted(missing)), to="varying")

@@ -14,6 +14,7 @@ from optaxclip._norms.shares import AxisName as AxisName
 from optaxclip._norms.shares import initialising as initialising
 from optaxclip._norms.shares import same_on_all_devices as same_on_all_devices
 from optaxclip._norms.shares import taken_as_whole as taken_as_whole
+from optaxclip._norms.shares import varying_axes as varying_axes
 from optaxclip._norms.shares import warned as warned
 from optaxclip._norms.tree import along as along
 from optaxclip._norms.tree import global_norm as global_norm
