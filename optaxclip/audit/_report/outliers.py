@@ -55,7 +55,12 @@ def _held(skipped: np.ndarray) -> str:
 def dominating_leaf(data: LogData) -> Finding | None:
     """A parameter that the norm, or the spikes, are made of."""
     shares = stats.leaf_shares(data)
-    if shares is None or shares.shape[1] < 3 or not len(shares):
+    if (
+        data.leaf_norms is None
+        or shares is None
+        or shares.shape[1] < 3
+        or not len(shares)
+    ):
         return None
     often = np.mean(shares > DOMINANT, axis=0)
     leaf = int(np.argmax(often))

@@ -110,6 +110,8 @@ def _leaves(data: LogData) -> str:
         f"The largest norm in each stretch of steps, for {shown}, sorted by median "
         "norm. Brighter is larger; gray means NaN or infinity."
     )
+    if stats.leaves_are_scaled(data):
+        caption += " They were recorded before the loss scale was divided out."
     draws = [figures.draw_leaves, partial(figures.draw_leaves, most=150)]
     heights = 1.1 + 0.22 * len(names), 1.5 + 0.3 * len(names)
     return page.picture(

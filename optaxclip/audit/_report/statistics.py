@@ -81,7 +81,7 @@ def moves(data: LogData) -> bool:
     schedule; that of an adaptive clip changes in one step of a hundred at the least.
     """
     bounds = data.threshold[np.isfinite(data.threshold)]
-    return np.count_nonzero(np.diff(bounds)) >= max(3, 0.01 * len(bounds))
+    return int(np.count_nonzero(np.diff(bounds))) >= max(3, 0.01 * len(bounds))
 
 
 def clipped(data: LogData) -> np.ndarray:
@@ -187,6 +187,19 @@ def in_words(data: LogData, leaves: tuple[str, ...]) -> str:
     if len(leaves) > NAMED:
         return f"{len(leaves):,} of {total:,} parameters"
     return ", ".join(leaves)
+
+
+def leaves_are_scaled(data: LogData) -> bool:
+    """Whether the norms of leaves are those of a scaled loss: two, four, ... times."""
+    if data.leaf_norms is None:
+        return False
+    rows = np.isfinite(data.leaf_norms).all(axis=1) & np.isfinite(data.norm)
+    rows &= data.norm > 0
+    if not rows.any():
+        return False
+    exponents = np.log2(np.linalg.norm(data.leaf_norms[rows], axis=1) / data.norm[rows])
+    powers = (exponents > 0.5) & (np.abs(exponents - np.round(exponents)) < 0.01)
+    return bool(powers.mean() > 0.9)
 
 
 def leaf_shares(data: LogData) -> np.ndarray | None:

@@ -78,7 +78,9 @@ def _parsed(text: str, call: str) -> ast.expr:
     try:
         return ast.parse(call, mode="eval").body
     except SyntaxError as error:
-        raise ValueError(f"`{text}` is no rule ({error.msg}): {SYNTAX}.") from None
+        raise ValueError(
+            f"`{text}` is no rule ({error.msg}): expected {SYNTAX}."
+        ) from None
     except (ValueError, MemoryError, RecursionError):  # a null byte; too deep
         raise ValueError(f"`{text:.60}` is no rule: expected {SYNTAX}.") from None
 

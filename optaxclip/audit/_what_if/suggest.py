@@ -119,6 +119,8 @@ def _percentile(norms: np.ndarray) -> Suggestion:
     spikes = norms > SPIKE * np.median(norms)
     fits = [n for n in WINDOWS if _densest(spikes, n) <= _withstood(n) / 2]
     window = fits[0] if fits else WINDOWS[-1]
+    densest = _densest(spikes, window)
+    most = f"at most {text.count(densest, 'norm')}" if densest else "no norm"
     return Suggestion(
         setting=f"clip_by_percentile(95, window={window})",
         rule=f"quantile:0.95,{window}",
@@ -126,10 +128,9 @@ def _percentile(norms: np.ndarray) -> Suggestion:
             "It needs no scale and clips about one ordinary step in twenty (the idea "
             "is from Seetharaman et al., 2020; Merad and Gaïffas, 2024, prove that it "
             f"copes with heavy tails and outliers). A window of {window:,} norms "
-            f"tolerates {_withstood(window)} outliers; this run had at most "
-            f"{_densest(spikes, window)} norms above {SPIKE:g} times the median in "
-            "that many steps. It adapts to a lasting rise in about "
-            f"{window // 20} steps."
+            f"tolerates {_withstood(window)} outliers; this run had {most} above "
+            f"{SPIKE:g} times the median in that many steps. It adapts to a lasting "
+            f"rise in about {window // 20} steps."
         ),
     )
 
@@ -170,8 +171,9 @@ def _remarks(norms: np.ndarray) -> list[str]:
 
 
 def _confidence(norms: np.ndarray, q: float) -> np.ndarray:
-    """Two norms between which their quantile lies: those at Wilson's bounds of q."""
-    share = SURE**2 / len(norms)
-    spread = SURE * np.sqrt((q * (1 - q) + share / 4) / len(norms))
-    bounds = (q + share / 2 + np.array([-spread, spread])) / (1 + share)
-    return np.quantile(norms, bounds)
+    """Two norms between which the quantile lies, whatever their distribution."""
+    count = len(norms)
+    spread = SURE * np.sqrt(count * q * (1 - q))  # of how many lie below it
+    low, high = np.floor(count * q - spread), np.ceil(count * q + spread)
+    ranks = np.clip([low - 1, high - 1], 0, count - 1).astype(int)
+    return np.sort(norms)[ranks]
