@@ -244,6 +244,18 @@ FINDINGS = {
         "1 spike reached the optimizer",
         "After the clip the norm was still at least 5 times as large as usual.",
     ),
+    "nothing yet": (
+        finding(STEADY[:19], 2.0),
+        "fine",
+        "Nothing stands out yet",
+        "Of 19 steps, 0 were clipped and 0 skipped. So few steps tell little.",
+    ),
+    "a spike that an adaptive clip does not hold": (
+        finding(np.where(np.arange(400) == 123, 90.0, STEADY), 7 * STEADY),
+        "problem",
+        "1 spike reached the optimizer",
+        "A lower threshold holds such a spike.",
+    ),
     "some spikes held": (
         finding(np.where(np.isin(np.arange(400), [50, 90]), 9.0, STEADY), 4.0)[:80]
         + finding(np.where(np.arange(400) == 90, 9.0, STEADY), 8.0)[80:],

@@ -40,9 +40,10 @@ def spikes(data: LogData) -> Finding | None:
         detail += f" Not held: {text.steps(data.step[rows][passed])}."
     detail += (
         f" After the clip the norm was still at least {stats.SPIKE:g} times as large "
-        "as usual. A lower threshold holds such a spike, and so does one that adapts, "
-        "as clip_by_percentile does."
+        "as usual. A lower threshold holds such a spike"
     )
+    adaptive = ", and so does one that adapts, as clip_by_percentile does."
+    detail += "." if stats.moves(data) else adaptive
     return Finding("problem", title, detail)
 
 

@@ -73,6 +73,9 @@ def _healthy(data: LogData) -> Finding:
         f"Of {text.count(s.steps, 'step')}, {s.clipped:,} "
         f"{'was' if s.clipped == 1 else 'were'} clipped and {s.skipped:,} skipped."
     )
+    if s.steps < 2 * stats.FEWEST:
+        detail += " So few steps tell little."
+        return Finding("fine", "Nothing stands out yet", detail)
     return Finding("fine", "The run looks healthy", detail)
 
 
