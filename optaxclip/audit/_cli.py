@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="optaxclip", description="What gradient clipping did in a run."
+        prog="optaxclip", description="Shows what gradient clipping did in a run."
     )
     parser.add_argument(
         "--version", action="version", version=f"optaxclip {optaxclip.__version__}"
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "replay",
         _replay,
-        "tell what other rules would have done with the norms of the run",
+        "show what other rules would have done with the norms of the run",
         "--rule constant:1.0 --rule quantile:0.95,1000",
     )
     replay.add_argument(
@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     texts = [
         replay,
-        _command(commands, "suggest", _suggest, "propose thresholds, with reasons"),
-        _command(commands, "summary", _summary, "tell what stands out in the run"),
+        _command(commands, "suggest", _suggest, "propose thresholds and say why"),
+        _command(commands, "summary", _summary, "say what stands out in the run"),
     ]
     for command in texts:
         command.add_argument("--json", action="store_true", help="print JSON instead")
@@ -184,8 +184,8 @@ def _suggest(args: argparse.Namespace) -> str:
     lines = []
     for suggestion in (fixed, percentile):
         lines += [suggestion.setting, _indented(suggestion.reason)]
-    for remark in (*remarks, *_gaps(data)):
-        lines += ["But:", _indented(remark)]
+    if cautions := [*remarks, *_gaps(data)]:
+        lines += ["Caution:", *map(_indented, cautions)]
     rules = f"--rule {fixed.rule} --rule {percentile.rule}"
     return "\n".join([*lines, f"Try: optaxclip replay {shlex.quote(args.log)} {rules}"])
 
@@ -242,7 +242,7 @@ def _without_call(message: str) -> str:
 
 def _gaps(data: LogData) -> list[str]:
     lost = sum(last - first + 1 for first, last in data.missed)
-    return [f"{count(lost, 'step')} missing in the log."] if lost else []
+    return [f"{count(lost, 'step')} missing from the log."] if lost else []
 
 
 def _indented(text: str) -> str:

@@ -23,10 +23,10 @@ def share(value: float) -> str:
     if math.isnan(value):
         return "-"
     if 0 < value < 0.0005:
-        return "under 0.1 %"
+        return "under 0.1%"
     if 0.9995 < value < 1:
-        return "over 99.9 %"
-    return f"{100 * value:.1f} %"
+        return "over 99.9%"
+    return f"{100 * value:.0f}%" if value in (0, 1) else f"{100 * value:.1f}%"
 
 
 def count(number: int, noun: str) -> str:

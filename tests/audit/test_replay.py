@@ -1,5 +1,7 @@
 """Replay, compare and suggest, against NumPy and against the clips themselves."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -285,8 +287,8 @@ def test_without_a_finite_norm_nothing_is_known(norms):
 def test_the_table():
     norms = [1, 1, 4, 4, 4, 1, 1, 1, 1, 1]
     lines = outcome_table(compare({"a": 1.5, "longer": 0.5}, norms)).splitlines()
-    assert lines[1].split() == ["a", "30.0", "%", "0.812", "1.5", "3", "never"]
-    assert lines[2].split()[:6] == ["longer", "100.0", "%", "0.388", "0.5", "10"]
+    assert lines[1].split() == ["a", "30.0%", "0.812", "1.5", "3", "never"]
+    assert lines[2].split()[:5] == ["longer", "100%", "0.388", "0.5", "10"]
     assert len({len(line) for line in lines}) == 1
 
 
@@ -307,7 +309,7 @@ def test_twice_the_median_if_that_is_above_the_95th_percentile():
     assert fixed_threshold(norms) == float(f"{2 * np.median(norms):.2g}")
     assert fixed.setting == "clip_by_global_norm(2.0)"
     assert "Twice the median" in fixed.reason
-    assert f"it clips {100 * np.mean(norms > 2.0):.1f} %" in fixed.reason
+    assert f"It clips {100 * np.mean(norms > 2.0):.1f}% of the" in fixed.reason
     assert percentile.setting == "clip_by_percentile(95, window=100)"
     assert remarks == ()
 
@@ -327,13 +329,15 @@ def test_no_more_than_ten_times_the_mean():
 def test_rounding_goes_to_no_more_than_ten_times_the_mean():
     norms = np.where(np.arange(2000) % 19 == 0, 100.0, 1.0)  # ten times it: 14.77
     assert fixed_threshold(norms) == 14.0
-    assert "9.5 times the mean" in suggest(norms).fixed.reason
+    assert "It is 9.5 times their mean of" in suggest(norms).fixed.reason
 
 
 def test_the_suggested_texts_are_rules_and_settings():
     for norms in (lognormal(500), 1e-6 * lognormal(500), 1e6 * lognormal(500)):
         for suggestion in suggest(norms)[:2]:
             expected = replay(parse_rule(suggestion.rule), norms).thresholds
+            said = replay(parse_rule(suggestion.setting), norms).thresholds
+            np.testing.assert_array_equal(said, expected)
             tx = eval(f"optaxclip.{suggestion.setting}")
             state = tx.init(jnp.zeros(1, jnp.float32))
             for norm in norms[:3]:
@@ -347,7 +351,10 @@ def test_more_spikes_ask_for_a_larger_window():
     assert suggest(norms).percentile.rule == "quantile:0.95,100"
     norms[5000:5008] *= 100  # eight at once, so (window - 1) // 20 must be 16 or more
     assert suggest(norms).percentile.rule == "quantile:0.95,500"
-    assert "at most 8 in so many steps" in suggest(norms).percentile.reason
+    assert (
+        "at most 8 norms above 10 times the median in that many"
+        in suggest(norms).percentile.reason
+    )
 
 
 def test_more_spikes_than_any_window_bears():
@@ -355,16 +362,36 @@ def test_more_spikes_than_any_window_bears():
     assert suggest(norms).percentile.rule == "quantile:0.95,10000"
 
 
-@pytest.mark.parametrize("steps", [1, 3, 199])
-def test_a_short_series_is_said_to_be_short(steps):
+@pytest.mark.parametrize("steps", [1, 3, 99])
+def test_a_series_too_short_for_advice_is_said_to_be(steps):
     (remark,) = suggest(np.ones(steps)).remarks
-    assert remark.startswith(f"Only {steps} norms: too few")
+    noun = "norm" if steps == 1 else "norms"
+    assert remark.startswith(f"{steps} {noun} are too few: a 95th percentile needs")
+
+
+@pytest.mark.parametrize("steps", [100, 200, 999])
+def test_a_short_series_gets_advice_and_how_sure_it_is(steps):
+    (remark,) = suggest(lognormal(steps)).remarks
+    assert remark.startswith(f"The run is short: its {steps} norms put the 95th")
+    low, high = map(float, re.findall(r"between (\S+) and (\S+) ", remark)[0])
+    assert low < np.quantile(lognormal(steps), 0.95) < high
+
+
+def test_the_confidence_is_what_it_says():
+    """In 95% of short series or more, the range holds the true percentile."""
+    true = np.exp(0.3 * 1.6448536)
+    ranges = [
+        map(float, re.findall(r"between (\S+) and (\S+) ", suggest(run).remarks[0])[0])
+        for run in (lognormal(200, seed) for seed in range(400))
+    ]
+    held = np.mean([low <= true <= high for low, high in ranges])
+    assert 0.95 <= held < 1
 
 
 def test_a_drift_is_said_to_be_one():
     norms = np.repeat([1.0, 2.0, 4.0, 8.0], 250)
     (remark,) = suggest(norms).remarks
-    assert "not stationary" in remark
+    assert "The norms drift" in remark
     assert "1, 2, 4, 8" in remark
 
 
@@ -407,6 +434,15 @@ def test_a_constant_series():
             optax.chain(optaxclip.quantile(0.5, 20), optax.scale(2.5)),
         ),
         ("ema * 2", optax.chain(optaxclip.ema(), optax.scale(2.0))),
+        ("quantile(0.9, 20)", optaxclip.quantile(0.9, 20)),
+        ("quantile(0.9, window=20)", optaxclip.quantile(0.9, 20)),
+        ("optaxclip.constant(1.0)", optaxclip.constant(1.0)),
+        (
+            " quantile(0.5, 20, include_current=True) * 2.5",
+            optax.chain(
+                optaxclip.quantile(0.5, 20, include_current=True), optax.scale(2.5)
+            ),
+        ),
     ],
 )
 def test_texts_of_rules(text, rule):
@@ -416,10 +452,37 @@ def test_texts_of_rules(text, rule):
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        "clip_by_global_norm(1.0)",
+        "clip_by_global_norm(max_norm=inf)",
+        "clip_by_percentile(90, window=20)",
+        "clip_by_percentile(90, 20, 2.0, min_count=5)",
+        "autoclip(10)",
+        "autoclip(max_norm=1.5)",
+        "zclip()",
+        "zclip(2.5, warmup=5, max_norm=2)",
+    ],
+)
+def test_a_clip_stands_for_its_rule(call):
+    rule, norms = parse_rule(call), series()
+    tx = eval(f"optaxclip.{call}", {"optaxclip": optaxclip, "inf": np.inf})
+    state = tx.init(jnp.zeros((), jnp.float32))
+    update = jax.jit(tx.update)
+    expected = []
+    for norm in norms:
+        _, state = update(jnp.float32(norm), state)
+        expected.append(state.clip_metrics.clip_threshold)
+    np.testing.assert_allclose(replay(rule, norms).thresholds, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "`` is no rule: expected NAME:ARGUMENTS"),
+        ("", r"`` is no rule \(invalid syntax\): expected a call as in Python, such"),
         ("median:3", "`median:3` is no rule: .* names are constant, quantile"),
+        ("median(3)", r"`median\(3\)` is no rule: .* names are constant, quantile"),
+        ("clip_by_value(3)", "is no rule"),
         ("__import__:1", "is no rule"),
         ("constant", "missing a required argument: 'value'; it takes value"),
         ("constant:1,2", "too many positional arguments"),
@@ -430,14 +493,34 @@ def test_texts_of_rules(text, rule):
         ("quantile:0.5,1.5", r"`quantile\(window=...\)` must be an integer"),
         ("quantile:0.5,q=0.5", "multiple values for argument 'q'"),
         ("quantile:q=0.5,q=0.6,window=3", "q is given twice"),
-        ("quantile:q=0.5,10", "10 stands behind an argument with a name"),
+        ("quantile:q=0.5,10", "positional argument follows keyword argument"),
         ("quantile:0.5,10,size=3", "unexpected keyword argument 'size'"),
-        ("quantile:0.5,10*", "'' is not a number"),
+        ("quantile:0.5,10*", "invalid syntax"),
         ("quantile:0.5,10*0", "the factor must be above 0 and finite"),
         ("quantile:0.5,10*-1", "the factor must be above 0 and finite"),
         ("quantile:0.5,10*inf", "the factor must be above 0 and finite"),
         ("quantile:0.5,10*true", "the factor must be above 0 and finite"),
-        ("quantile:0.5,10*2*2", r"'2\*2' is not a number"),
+        ("quantile:0.5,10*2*2", "is no rule"),
+        ("quantile(0.5, 10", "'\\(' was never closed"),
+        ("quantile(0.5, 10)(3)", "is no rule"),
+        ("2 * zclip()", r"'zclip\(\)' is not a number"),
+        ("zclip(1 + 1)", r"'1 \+ 1' is not a number"),
+        ("zclip('2')", "is not a number"),
+        ("zclip(1j)", "is not a number"),
+        ("zclip(--1)", "'--1' is not a number"),
+        ("zclip(-True)", "'-True' is not a number"),
+        ("zclip(print())", r"'print\(\)' is not a number"),
+        ("zclip(*[1])", r"'\*\[1\]' is not a number"),
+        ("zclip(**{})", r"\*\* is refused"),
+        ("zclip(norm=1)", "norm takes no number"),
+        ("zclip(axis_name=1)", "axis_name takes no number"),
+        ("clip_by_percentile(950)", r"`clip_by_percentile\(percentile=...\)` must"),
+        ("__import__('os').system('true')", "is no rule"),
+        ("lambda: 0", "is no rule"),
+        ("zclip(); zclip()", "is no rule"),
+        ("\0", "is no rule"),
+        (f"zclip({'-' * 50_000}1)", "is no rule"),
+        (f"zclip({'9' * 5_000})", "is no rule"),
     ],
 )
 def test_texts_of_no_rules(text, message):

@@ -163,24 +163,24 @@ def test_the_numbers_are_those_of_the_log(long_run):
     largest = np.argmax(np.where(finite, data.norm, 0))
     assert rows["steps"] == "4,000 (0 to 3999)"
     assert rows["steps missed"] == "4 (7 to 9, 20 to 20)"
-    assert rows["rows written again"] == "1,234"
+    assert rows["steps run again"] == "1,234"
     assert rows["torn lines dropped"] == "1"
-    assert rows["clipped"] == f"{clipped.sum()} ({100 * clipped.mean():.1f} %)"
+    assert rows["clipped"] == f"{clipped.sum()} ({100 * clipped.mean():.1f}%)"
     assert rows["skipped"].startswith("5 (")
-    assert rows["not finite"] == str((~finite).sum()) == "5"
+    assert rows["NaN or infinity"] == str((~finite).sum()) == "5"
     assert rows["spikes"] == str(len(stats.spikes(data)))
     assert rows["norm, median"] == number(np.median(data.norm[finite]))
     assert rows["norm, 95th percentile"] == number(np.quantile(data.norm[finite], 0.95))
     assert rows["norm, largest"] == f"{number(data.norm[largest])} at step {largest}"
     assert rows["mean scale"] == number(data.scale[finite].mean())
     assert f"{clipped.sum()} clipped steps" in page.attributes("img")[0]["alt"]
-    assert "4 steps missing: 7 to 9, 20 to 20; 1,234 rows written again" in page.text
+    assert "4 steps missing: 7 to 9, 20 to 20; 1,234 steps run again" in page.text
 
 
 def test_events_are_rows_of_the_log(long_run):
     data, path = long_run
     header, rows = parsed(path).table("largest")
-    assert header[-1] == "largest leaf"
+    assert header[-1] == "largest parameter"
     assert len(rows) == 20
     for step, norm, threshold, scale, _, action, leaf in rows:
         i = int(step)
@@ -268,9 +268,9 @@ def test_hostile_names_are_text(tmp_path):
 def test_without_loss_and_leaves_their_parts_are_absent(tmp_path):
     page = written(log(np.linspace(1, 3, 500)), tmp_path)
     assert len(page.attributes("img")) == 3
-    assert "Norms of the leaves" not in page.text
+    assert "Gradient norm of each parameter" not in page.text
     assert "Loss" not in page.text
-    assert "largest leaf" not in page.table("largest")[0]
+    assert "largest parameter" not in page.table("largest")[0]
     assert "nonfinite" not in dict(page.tables)
 
 
@@ -283,7 +283,7 @@ def test_poor_logs_have_a_page(norm, tmp_path):
     page = written(data, tmp_path)
     assert dict(page.table("numbers")[1])["steps"].startswith(f"{len(norm)} (")
     usable = np.isfinite(norm) & (np.asarray(norm) > 0)
-    assert ("nothing to replay" in page.text) == (not usable.any())
+    assert ("there is nothing to go by" in page.text) == (not usable.any())
     assert ("Problem Every norm was 0" in page.text) == (not np.any(norm))
     assert ("replays" in dict(page.tables)) == usable.any()
 

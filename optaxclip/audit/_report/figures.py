@@ -18,7 +18,7 @@ from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as stats
 from optaxclip.audit._report.decimate import Bins, bins
 
-# Of the palette of Okabe and Ito, told apart by colour-blind readers too; and every
+# Of the palette of Okabe and Ito, told apart by color-blind readers too; and every
 # series has a shape of its own.
 NORM, BAND, THRESHOLD = "#0072B2", "#A6CEE3", "#000000"
 CLIPPED, SKIPPED, LOSS = "#E69F00", "#D55E00", "#009E73"
@@ -119,7 +119,7 @@ def draw_histogram(axes: Axes, data: LogData) -> None:
     styles = {50: (0, (1, 1)), 95: (0, (4, 2)), 99: (0, (8, 3))}
     for percent, style in styles.items():
         value = float(np.percentile(norms, percent))
-        axes.axvline(value, ls=style, c=NORM, lw=1.4, label=f"{percent} % below")
+        axes.axvline(value, ls=style, c=NORM, lw=1.4, label=f"{percent}% below")
     known = data.threshold[np.isfinite(data.threshold) & (data.threshold > 0)]
     if len(known):
         first, middle, last = np.percentile(known, [5, 50, 95])
@@ -161,7 +161,7 @@ def draw_leaves(
     ticks = MaxNLocator(4 if narrow else 8)
     text = FuncFormatter(lambda y, _: f"{10**y:.3g}")
     bar = axes.figure.colorbar(image, ax=axes, ticks=ticks, format=text, **side)
-    bar.set_label("leaf norm")
+    bar.set_label("gradient norm")
     return image
 
 
@@ -199,7 +199,7 @@ def _mark_bad(axes: Axes, groups: Bins, data: LogData) -> None:
     bad = ~np.isfinite(data.norm)
     for flags, marker, colour, label, height in [
         (data.skipped, "x", SKIPPED, "skipped", 0.97),
-        (bad & ~data.skipped, "v", "#CC79A7", "not finite, not skipped", 0.92),
+        (bad & ~data.skipped, "v", "#CC79A7", "NaN or infinite, not skipped", 0.92),
     ]:
         rows = groups.highest_row(np.zeros(len(bad)), flags)
         if len(rows):

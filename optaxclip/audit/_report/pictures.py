@@ -46,7 +46,8 @@ def _norms(data: LogData) -> str:
     )
     caption = (
         f"{_decimation(data)} Dots: clipped steps, at the norm before clipping. "
-        "Crosses and triangles along the top: steps that were skipped, or not finite."
+        "Crosses along the top: skipped steps. Triangles: steps with a norm of NaN or "
+        "infinity that were not skipped."
     )
     return page.picture(
         *_drawn(data, (4.2, 3.6), figures.draw_norms, _points(figures.draw_norms)),
@@ -60,13 +61,13 @@ def _histogram(data: LogData) -> str:
     s = stats.statistics(data)
     alt = (
         f"Histogram of the norms of {text.count(s.steps - s.nonfinite, 'step')}: half "
-        f"below {text.number(s.median_norm)}, 95 % below {text.number(s.p95_norm)}, "
-        f"99 % below {text.number(s.p99_norm)}, largest {text.number(s.largest_norm)}; "
+        f"below {text.number(s.median_norm)}, 95% below {text.number(s.p95_norm)}, "
+        f"99% below {text.number(s.p99_norm)}, largest {text.number(s.largest_norm)}; "
         f"median threshold {text.number(s.median_threshold)}."
     )
     caption = (
-        "How many steps had which norm; both axes are logarithmic. Orange: the median "
-        "threshold, shaded from its 5th to its 95th percentile if it moved."
+        "The number of steps by norm; both axes are logarithmic. Orange: the median "
+        "threshold, with a band from its 5th to its 95th percentile if it moved."
     )
     draws = [figures.draw_histogram] * 2
     return page.picture(
@@ -79,7 +80,7 @@ def _shares(data: LogData) -> str:
     alt = (
         f"Share of clipped and of skipped steps over {_span(data)}: "
         f"{text.share(s.clipped_share)} clipped and "
-        f"{text.share(s.skipped / s.steps)} skipped in all."
+        f"{text.share(s.skipped / s.steps)} skipped overall."
     )
     groups = bins(s.steps, 150, least_size=min(20, s.steps))
     caption = f"Each point is the share among {text.count(groups.size, 'step')}."
@@ -95,30 +96,34 @@ def _leaves(data: LogData) -> str:
     largest = figures.largest_leaves(data)
     names = [data.leaf_names[leaf] for leaf in largest]
     known = data.leaf_norms[np.isfinite(data.leaf_norms)]
-    shown = f"the {len(names)} of {len(data.leaf_names)} leaves with the largest norms"
+    shown = (
+        f"the {len(names)} of {len(data.leaf_names)} parameters with the largest norms"
+    )
     if len(names) == len(data.leaf_names):
-        shown = f"all {len(names)} leaves"
+        shown = f"all {len(names)} parameters"
     alt = (
-        f"Heat map of the norms of {shown} over {_span(data)}, from "
+        f"Heat map of the gradient norms of {shown} over {_span(data)}, from "
         f"{text.number(float(known.min()))} to {text.number(float(known.max()))}. "
-        f"Largest in the median: {', '.join(names[:3])}."
+        f"Largest median: {', '.join(names[:3])}."
     )
     caption = (
-        f"The largest norm in each stretch of steps, for {shown}, by median norm. "
-        "The brighter, the larger; grey where no norm was finite."
+        f"The largest norm in each stretch of steps, for {shown}, sorted by median "
+        "norm. Brighter is larger; gray means NaN or infinity."
     )
+    if stats.leaves_are_scaled(data):
+        caption += " They were recorded before the loss scale was divided out."
     draws = [figures.draw_leaves, partial(figures.draw_leaves, most=150)]
     heights = 1.1 + 0.22 * len(names), 1.5 + 0.3 * len(names)
     return page.picture(
-        *_drawn(data, heights, *draws), alt, "Norms of the leaves", caption
+        *_drawn(data, heights, *draws), alt, "Gradient norm of each parameter", caption
     )
 
 
 def _losses(data: LogData) -> str:
     known = data.loss[np.isfinite(data.loss)]
     alt = (
-        f"Loss over {_span(data)}: {text.number(float(known[0]))} at first, "
-        f"{text.number(float(known[-1]))} at last, least "
+        f"Loss over {_span(data)}: first {text.number(float(known[0]))}, last "
+        f"{text.number(float(known[-1]))}, smallest "
         f"{text.number(float(known.min()))}, largest {text.number(float(known.max()))}."
     )
     draws = [figures.draw_losses, _points(figures.draw_losses)]
@@ -141,7 +146,7 @@ def _decimation(data: LogData) -> str:
         return "Every step is drawn."
     return (
         f"The line is the median of every {size:,} steps (twice as many on a phone), "
-        "the band reaches from their least to their largest: no extreme is left out."
+        "the band spans their smallest to their largest: no extreme is left out."
     )
 
 

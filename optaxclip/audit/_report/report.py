@@ -25,6 +25,7 @@ from optaxclip.audit._what_if import (
 )
 
 EVENTS = 20  # rows of a table of events, at most
+NOTHING = "No norm was finite and above 0: there is nothing to go by."
 ALTERNATIVES = {
     "twice the median of 100": "quantile:0.5,100*2",
     "z-score, as in ZClip": "zscore",
@@ -120,7 +121,7 @@ def _lead(metadata: dict[str, Any]) -> str:
     parts = {
         "started": metadata.get("started"),
         "transform": metadata.get("transform"),
-        "parameters": count if count is None else f"{count:,}",
+        "model size": count if count is None else f"{count:,} parameters",
         "device": (metadata.get("device") or {}).get("kind"),
     }
     known = [f"{name}: {value}" for name, value in parts.items() if value]
@@ -136,28 +137,30 @@ def _summary(data: LogData) -> str:
 
 
 def _events(data: LogData) -> str:
-    header = ["step", "norm", "threshold", "scale", "times the usual", "what happened"]
-    if data.leaf_norms is not None:
-        header.append("largest leaf")
+    header = ["step", "norm", "threshold", "scale", "times usual", "what happened"]
     bad = stats.nonfinite_events(data, EVENTS)
     total = int(np.sum(~np.isfinite(data.norm)))
     parts = []
-    for name, caption, events in [
+    for name, caption, leaf, events in [
         (
             "largest",
-            "The norms that were largest in comparison with the usual norm of their "
-            "time, the median around them.",
+            "The steps that stand out most: norms compared with the usual norm, the "
+            f"larger of the medians of the {stats.AROUND} norms before and after. The "
+            f"first {stats.FEWEST} norms have no past to compare with.",
+            "largest parameter",
             stats.largest_events(data, EVENTS),
         ),
         (
             "nonfinite",
-            f"Steps that were not finite: {_first(len(bad), total)}.",
+            f"Steps with a norm of NaN or infinity: {_first(len(bad), total)}.",
+            "NaN or infinity in",
             bad,
         ),
     ]:
         if events:
-            rows = [_event(event, len(header)) for event in events]
-            parts.append(page.table(name, caption, header, rows, texts=(5, 6)))
+            head = header if data.leaf_norms is None else [*header, leaf]
+            rows = [_event(event, len(head)) for event in events]
+            parts.append(page.table(name, caption, head, rows, texts=(5, 6)))
     return "\n".join(parts) or page.paragraph("Every norm was 0.")
 
 
@@ -184,19 +187,20 @@ def _suggestions(data: LogData) -> Suggestions | None:
 
 def _replays(data: LogData, suggestions: Suggestions | None) -> str:
     if suggestions is None:
-        return page.paragraph("No norm was finite and above 0: nothing to replay.")
+        return page.paragraph(NOTHING)
     fixed, percentile, _ = suggestions
     rules = {s.setting: s.rule for s in (fixed, percentile)} | ALTERNATIVES
     outcomes = compare({name: parse_rule(rules[name]) for name in rules}, data.norm)
     recorded = outcome("as recorded", data.norm, data.scale, data.clipped)
     caption = (
-        "What other rules would have done with the norms of this run. Steps that were "
-        "not finite count for nothing. The last column: after how many steps of norms "
-        "twice as large a rule clips as it did before."
+        "What other rules would have done with the norms of this run. Steps with a "
+        "norm of NaN or infinity are left out. The last column: if all norms doubled, "
+        "after how many steps would the rule clip as it did before?"
     )
     note = (
-        "A replay cannot tell what the parameters, and with them the norms, would have "
-        "become under another rule: it tells of spikes, and of how a rule adapts."
+        "A replay uses the norms as they were recorded. Under another rule the "
+        "parameters, and so the norms, would have been different. It shows how a rule "
+        "handles spikes and how fast it adapts."
     )
     rows = [cells(row) for row in (recorded, *outcomes)]
     return page.table("replays", caption, HEADER, rows) + "\n" + page.paragraph(note)
@@ -204,7 +208,7 @@ def _replays(data: LogData, suggestions: Suggestions | None) -> str:
 
 def _advice(suggestions: Suggestions | None) -> str:
     if suggestions is None:
-        return page.paragraph("No norm was finite and above 0: nothing to go by.")
+        return page.paragraph(NOTHING)
     kinds = {"A fixed threshold": suggestions.fixed, "A percentile": suggestions[1]}
     parts = [
         f"<h3>{name}</h3>\n<p><code>{escape(s.setting)}</code></p>\n"
@@ -224,12 +228,12 @@ def _record(data: LogData) -> str:
     rows = {
         "steps": f"{s.steps:,} ({s.first_step} to {s.last_step})",
         "steps missed": f"{lost:,} ({gaps}{more})" if lost else "0",
-        "rows written again": f"{data.rewritten:,}",
+        "steps run again": f"{data.rewritten:,}",
         "torn lines dropped": f"{data.torn:,}",
         "unsure before step": f"{data.unsure_before:,}",
         "clipped": f"{s.clipped:,} ({text.share(s.clipped_share)})",
         "skipped": f"{s.skipped:,} ({text.share(s.skipped / s.steps)})",
-        "not finite": f"{s.nonfinite:,}",
+        "NaN or infinity": f"{s.nonfinite:,}",
         "spikes": f"{s.spikes:,}",
         "mean scale": text.number(s.mean_scale),
         "norm, median": text.number(s.median_norm),
@@ -243,7 +247,7 @@ def _record(data: LogData) -> str:
     )
     settings = page.table(
         "settings",
-        "What the log says of the run.",
+        "What the log says about the run.",
         ("entry", "value"),
         _flat(data.metadata),
         texts=(1,),

@@ -6,8 +6,11 @@ import numpy as np
 
 from optaxclip.audit._log import LogData
 
-BLOCK = 100  # steps, of which the usual norm is a median
+AROUND = 50  # finite norms on either side of a step, of which the usual is a median
+FEWEST = 10  # finite norms on a side, without which that side tells nothing
 SPIKE = 5.0  # usual norms, from which on a norm is called a spike
+NAMED = 3  # parameters that are listed by name; more are counted
+_AT_ONCE = 20_000  # windows sorted at a time, for memory
 
 
 class Statistics(NamedTuple):
@@ -37,9 +40,9 @@ class Event(NamedTuple):
     norm: float
     threshold: float
     scale: float
-    times_usual: float  # norm over the usual norm; NaN if the norm is not finite
+    times_usual: float  # norm over the usual norm; NaN if either is unknown
     action: str  # clipped, skipped or passed
-    leaf: str  # the leaf with the largest norm; empty if not recorded
+    leaf: str  # the largest one, or those that are not finite; empty if not recorded
 
 
 def statistics(data: LogData) -> Statistics:
@@ -71,23 +74,44 @@ def statistics(data: LogData) -> Statistics:
     )
 
 
+def moves(data: LogData) -> bool:
+    """Whether the threshold adapts, or follows a schedule: it changes again and again.
+
+    A fixed one changes when a run is resumed with another, or in a few steps of a
+    schedule; that of an adaptive clip changes in one step of a hundred at the least.
+    """
+    bounds = data.threshold[np.isfinite(data.threshold)]
+    return int(np.count_nonzero(np.diff(bounds))) >= max(3, 0.01 * len(bounds))
+
+
 def clipped(data: LogData) -> np.ndarray:
     """The steps whose finite norm was clipped."""
     return data.clipped & np.isfinite(data.norm)
 
 
 def usual_norm(data: LogData) -> np.ndarray:
-    """For every step the norm that is usual around it, which no short burst moves.
+    """For every step the norm that is usual around it; NaN where that is unknown.
 
-    The median of the medians of its block of 100 steps and the two beside it.
+    The larger of two medians: of the 50 finite norms before the step, and of the 50
+    after it. So neither a decay, as at the start of nearly every run, nor a rise that
+    lasts stands out from what is usual, and up to 24 spikes in a row do. A side with
+    fewer than ten norms does not count; the first ten have no past to compare with.
     """
-    norms = np.where(np.isfinite(data.norm), data.norm, np.nan)
-    count = -(-len(norms) // BLOCK)
-    medians = row_medians(_padded(norms, count))
-    around = np.stack([np.roll(medians, 1), medians, np.roll(medians, -1)], axis=1)
-    # Nothing lies before the first block and behind the last.
-    around[0, 0] = around[-1, -1] = np.nan
-    return np.repeat(row_medians(around), BLOCK)[: len(norms)]
+    finite = np.flatnonzero(np.isfinite(data.norm))
+    beyond = np.full(AROUND, np.nan)
+    medians = _moving_medians(np.concatenate([beyond, data.norm[finite], beyond]))
+    before, after = medians[: len(finite)], medians[AROUND + 1 :]
+    after[max(len(finite) - FEWEST, 0) :] = np.nan
+    usual = np.full(len(data.norm), np.nan)
+    usual[finite[FEWEST:]] = np.fmax(before, after)[FEWEST:]
+    return usual
+
+
+def _moving_medians(values: np.ndarray) -> np.ndarray:
+    windows = np.lib.stride_tricks.sliding_window_view(values, AROUND)
+    starts = range(0, len(windows), _AT_ONCE)
+    parts = [row_medians(windows[start : start + _AT_ONCE]) for start in starts]
+    return np.concatenate(parts)
 
 
 def row_medians(rows: np.ndarray) -> np.ndarray:
@@ -100,18 +124,19 @@ def row_medians(rows: np.ndarray) -> np.ndarray:
 
 def spikes(data: LogData) -> np.ndarray:
     """Rows whose norm is at least five times the usual one."""
-    finite = np.isfinite(data.norm)
     usual = usual_norm(data)
-    return np.flatnonzero(finite & (data.norm >= SPIKE * usual) & (usual > 0))
+    return np.flatnonzero((data.norm >= SPIKE * usual) & (usual > 0))
 
 
 def largest_events(data: LogData, count: int) -> list[Event]:
-    """The finite norms largest in comparison with the usual one, largest first."""
+    """The norms largest in comparison with the usual one, or, without one, in size."""
     usual = usual_norm(data)
-    known = np.isfinite(data.norm) & (usual > 0)
-    times = np.where(known, data.norm, 0) / np.where(known, usual, 1)
-    rows = np.argsort(-times, kind="stable")[:count]
-    return [event(data, row, float(times[row])) for row in rows if times[row] > 0]
+    known = usual > 0
+    times = np.where(known, data.norm, np.nan) / np.where(known, usual, 1)
+    size = np.where(np.isfinite(data.norm), data.norm, 0)
+    by = np.nan_to_num(times) if known.any() else size
+    rows = np.argsort(-by, kind="stable")[:count]
+    return [event(data, row, float(times[row])) for row in rows if by[row] > 0]
 
 
 def nonfinite_events(data: LogData, count: int) -> list[Event]:
@@ -132,18 +157,49 @@ def event(data: LogData, row: int, times_usual: float) -> Event:
         scale=float(data.scale[row]),
         times_usual=times_usual,
         action=action,
-        leaf=dominating_leaf(data, row),
+        leaf=largest_leaf(data, row) or in_words(data, nonfinite_leaves(data, row)),
     )
 
 
-def dominating_leaf(data: LogData, row: int) -> str:
-    """The leaf with the largest norm, one that is not finite before all others."""
+def largest_leaf(data: LogData, row: int) -> str:
+    """The leaf with the largest norm; empty if one is not finite or none recorded."""
     if data.leaf_norms is None or not data.leaf_norms.shape[1]:
         return ""
     norms = data.leaf_norms[row]
-    if np.isfinite(data.norm[row]) and np.isnan(norms).all():
-        return ""  # not recorded in this step
-    return data.leaf_names[int(np.argmax(np.where(np.isnan(norms), np.inf, norms)))]
+    if not np.isfinite(norms).all():
+        return ""
+    return data.leaf_names[int(np.argmax(norms))]
+
+
+def nonfinite_leaves(data: LogData, row: int) -> tuple[str, ...]:
+    """The leaves with a norm of NaN or infinity; none if not recorded."""
+    if data.leaf_norms is None or np.isfinite(data.norm[row]):
+        return ()
+    bad = np.flatnonzero(~np.isfinite(data.leaf_norms[row]))
+    return tuple(data.leaf_names[leaf] for leaf in bad)
+
+
+def in_words(data: LogData, leaves: tuple[str, ...]) -> str:
+    """Up to three leaves by name, more by number."""
+    total = len(data.leaf_names)
+    if len(leaves) == total > 1:
+        return f"all {total:,} parameters"
+    if len(leaves) > NAMED:
+        return f"{len(leaves):,} of {total:,} parameters"
+    return ", ".join(leaves)
+
+
+def leaves_are_scaled(data: LogData) -> bool:
+    """Whether the norms of leaves are those of a scaled loss: two, four, ... times."""
+    if data.leaf_norms is None:
+        return False
+    rows = np.isfinite(data.leaf_norms).all(axis=1) & np.isfinite(data.norm)
+    rows &= data.norm > 0
+    if not rows.any():
+        return False
+    exponents = np.log2(np.linalg.norm(data.leaf_norms[rows], axis=1) / data.norm[rows])
+    powers = (exponents > 0.5) & (np.abs(exponents - np.round(exponents)) < 0.01)
+    return bool(powers.mean() > 0.9)
 
 
 def leaf_shares(data: LogData) -> np.ndarray | None:
@@ -154,9 +210,3 @@ def leaf_shares(data: LogData) -> np.ndarray | None:
     largest = norms.max(axis=1, keepdims=True, initial=0)
     norms = norms[largest[:, 0] > 0] / largest[largest[:, 0] > 0]
     return norms**2 / np.sum(norms**2, axis=1, keepdims=True)
-
-
-def _padded(values: np.ndarray, count: int) -> np.ndarray:
-    """Values in rows of a block each, the last filled up with NaN."""
-    padding = np.full(count * BLOCK - len(values), np.nan)
-    return np.concatenate([values, padding]).reshape(count, BLOCK)

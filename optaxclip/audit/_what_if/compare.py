@@ -39,7 +39,7 @@ def compare(
 
     *Steps to recover* are those of a probe, the same for every rule: after the run, its
     last 1,000 norms are played again, and again, twice as large. A rule has recovered
-    at the first step from which the mean scale of 100 steps is 90 % of what it was over
+    at the first step from which the mean scale of 100 steps is 90% of what it was over
     those 1,000 norms. A rule that has not within 5,000 steps never will, as far as this
     tells: a fixed threshold between the old norms and the new ones, for example.
 
@@ -63,8 +63,8 @@ def compare(
       >>> rules = {"fixed": 1.5, "percentile": optaxclip.quantile(0.95, 200)}
       >>> print(outcome_table(compare(rules, norms)))
       rule        clipped  mean scale  largest passed  longest streak  recovers in
-      fixed         8.6 %       0.990             1.5               3        never
-      percentile    5.9 %       0.993           1.781               3      0 steps
+      fixed          8.6%       0.990             1.5               3        never
+      percentile     5.9%       0.993           1.781               3      0 steps
     """
     series = checked("compare", norms)
     if series.ndim != 1:

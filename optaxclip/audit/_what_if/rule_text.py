@@ -1,7 +1,9 @@
 """Rules written as text, for the command line: `quantile:0.95,1000*2`."""
 
+import ast
 import inspect
 import math
+import re
 from typing import Any
 
 import optax
@@ -9,89 +11,153 @@ import optax
 import optaxclip
 
 RULES = ("constant", "quantile", "tracked_quantile", "zscore", "window_zscore", "ema")
+CLIPS = ("clip_by_global_norm", "clip_by_percentile", "autoclip", "zclip")
 SYNTAX = (
-    "NAME:ARGUMENTS, as in constant:1.0, quantile:0.95,1000 or zscore:decay=0.99; "
-    f"names are {', '.join(RULES)}, arguments those of the function of that name; "
-    "*2 behind it doubles the threshold, as in quantile:0.5,100*2"
+    "a call as in Python, such as clip_by_percentile(95, window=500), or "
+    "NAME:ARGUMENTS, such as constant:1.0 or quantile:0.95,1000; names are "
+    f"{', '.join(RULES + CLIPS)}, arguments numbers; *2 after it doubles the "
+    "threshold, as in quantile:0.5,100*2"
 )
+_WORDS = {
+    **{"inf": math.inf, "nan": math.nan},
+    **{"true": True, "false": False},
+}
 
 
 def parse_rule(text: str) -> optax.GradientTransformation:
     """A rule from its text; nothing in the text is executed.
 
     Args:
-      text: ``NAME``, ``NAME:ARGUMENTS`` or either with ``*FACTOR`` behind it. The names
-        are those of the library's rules. Arguments are numbers, or ``true`` and
-        ``false``, separated by commas, by position or as ``name=value``.
+      text: A call as Python has it, ``quantile(0.95, window=1000)``, or shorter,
+        ``quantile:0.95,1000``; a name alone is a call without arguments. ``*FACTOR``
+        after it multiplies the threshold. The names are those of the library's rules,
+        and of its clips of the global norm, which stand for the rule inside:
+        ``clip_by_global_norm``, ``clip_by_percentile``, ``autoclip`` and ``zclip``.
+        Arguments are those of the function of that name, by position or as
+        ``name=value``; each is a number, ``inf``, ``true`` or ``false``.
 
     Returns:
       The rule, as :func:`optaxclip.clip_by` takes it.
 
     Raises:
-      ValueError: the text is none, or the rule refuses an argument.
+      ValueError: the text is none, or the function refuses an argument.
 
     Example:
       >>> from optaxclip.audit import parse_rule, replay
       >>> print(replay(parse_rule("quantile:0.5,10*3"), [1.0, 2.0, 1.0]).thresholds)
       [inf 3.  4.5]
+      >>> rule = parse_rule("clip_by_percentile(50, window=10)")
+      >>> print(replay(rule, [1.0, 2.0, 1.0]).thresholds)
+      [inf 1.  1.5]
     """
-    call, star, factor_text = text.partition("*")
-    name, _, arguments = call.strip().partition(":")
-    if name not in RULES:
+    call = _as_call(text)
+    node = _parsed(text, call)
+    factor = None
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        node, factor = node.left, _value(text, call, node.right)
+        if isinstance(factor, bool) or not 0 < factor < math.inf:
+            raise ValueError(f"`{text}`: the factor must be above 0 and finite.")
+    arguments: list[ast.expr] = []
+    keywords: list[ast.keyword] = []
+    if isinstance(node, ast.Call):
+        node, arguments, keywords = node.func, node.args, node.keywords
+    if not isinstance(node, ast.Name) or node.id not in RULES + CLIPS:
         raise ValueError(f"`{text}` is no rule: expected {SYNTAX}.")
-    rule = _called(text, getattr(optaxclip, name), arguments)
-    if not star:
-        return rule
-    factor = _value(text, factor_text)
-    if isinstance(factor, bool) or not 0 < factor < math.inf:
-        raise ValueError(f"`{text}`: the factor must be above 0 and finite.")
-    return optax.chain(rule, optax.scale(float(factor)))
+    positional = [_value(text, call, argument) for argument in arguments]
+    rule = _called(text, node.id, positional, _named(text, call, keywords))
+    return rule if factor is None else optax.chain(rule, optax.scale(float(factor)))
 
 
-def _called(text: str, function: Any, arguments: str) -> optax.GradientTransformation:
-    positional: list[Any] = []
+def _as_call(text: str) -> str:
+    call = text.strip().removeprefix("optaxclip.")
+    short = re.fullmatch(r"(\w+)\s*:([^*]*)(.*)", call)
+    return f"{short[1]}({short[2]}){short[3]}" if short else call
+
+
+def _parsed(text: str, call: str) -> ast.expr:
+    try:
+        return ast.parse(call, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(
+            f"`{text}` is no rule ({error.msg}): expected {SYNTAX}."
+        ) from None
+    except (ValueError, MemoryError, RecursionError):  # a null byte; too deep
+        raise ValueError(f"`{text:.60}` is no rule: expected {SYNTAX}.") from None
+
+
+def _named(text: str, call: str, keywords: list[ast.keyword]) -> dict[str, Any]:
     named: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in arguments.split(","))):
-        key, equals, value = map(str.strip, part.partition("="))
-        if key in named:
-            raise ValueError(f"`{text}`: {key} is given twice.")
-        if equals:
-            named[key] = _value(text, value)
-        elif named:
-            raise ValueError(f"`{text}`: {part} stands behind an argument with a name.")
-        else:
-            positional.append(_value(text, part))
+    for keyword in keywords:
+        if keyword.arg is None or keyword.arg in named:
+            why = f"{keyword.arg} is given twice" if keyword.arg else "** is refused"
+            raise ValueError(f"`{text}`: {why}.")
+        named[keyword.arg] = _value(text, call, keyword.value)
+    return named
+
+
+def _value(text: str, call: str, node: ast.expr) -> int | float | bool:
+    """The number that a node spells: the only thing an argument can be."""
+    sign, number = 1, node
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        sign, number = -1 if isinstance(node.op, ast.USub) else 1, node.operand
+    value = number.value if isinstance(number, ast.Constant) else None
+    if isinstance(number, ast.Name):
+        value = _WORDS.get(number.id)
+    if isinstance(value, bool) and number is node:
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return sign * value
+    source = ast.get_source_segment(call, node)
+    raise ValueError(f"`{text}`: {source!r} is not a number.")
+
+
+def _called(
+    text: str, name: str, positional: list[Any], named: dict[str, Any]
+) -> optax.GradientTransformation:
+    function = getattr(optaxclip, name)
     signature = inspect.signature(function)
     try:
-        bound = signature.bind(*positional, **named).arguments
+        bound = signature.bind(*positional, **named)
     except TypeError as error:
         raise ValueError(f"`{text}`: {error}; it takes {_takes(signature)}.") from None
-    for key in bound:
-        if _is_function(signature.parameters[key]):
-            raise ValueError(f"`{text}`: {key} is a function and has no text.")
-    return function(*positional, **named)
+    for key in bound.arguments:
+        if not _is_number(signature.parameters[key]):
+            raise ValueError(f"`{text}`: {key} takes no number, so it has no text.")
+    made = function(*positional, **named)  # checks its arguments
+    if name in RULES:
+        return made
+    bound.apply_defaults()
+    return _rule_of(name, bound.arguments)
+
+
+def _rule_of(name: str, arguments: dict[str, Any]) -> optax.GradientTransformation:
+    """The rule inside a clip."""
+    a = arguments
+    if name == "clip_by_global_norm":
+        return optaxclip.constant(a["max_norm"])
+    if name == "zclip":
+        rule = optaxclip.zscore(a["z_threshold"], a["decay"], a["warmup"])
+    else:
+        more = {"min_count": a["min_count"]} if "min_count" in a else {}
+        current = name == "autoclip"
+        rule = optaxclip.quantile(
+            a["percentile"] / 100, a["window"], include_current=current, **more
+        )
+    cap = a["max_norm"]
+    return rule if cap is None else optaxclip.lowest(rule, cap)
 
 
 def _takes(signature: inspect.Signature) -> str:
     return ", ".join(
         key if p.default is p.empty else f"{key}={p.default}"
         for key, p in signature.parameters.items()
-        if not _is_function(p)
+        if _is_number(p)
     )
 
 
-def _is_function(parameter: inspect.Parameter) -> bool:
+def _is_number(parameter: inspect.Parameter) -> bool:
+    """Whether a number can be meant: not a function, nor the name of an axis."""
     default = parameter.default
-    return default is not parameter.empty and callable(default)
-
-
-def _value(text: str, value: str) -> int | float | bool:
-    value = value.strip()
-    if value in ("true", "false"):
-        return value == "true"
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
-    raise ValueError(f"`{text}`: {value!r} is not a number.")
+    return parameter.name != "axis_name" and (
+        default is parameter.empty or not callable(default)
+    )

@@ -9,7 +9,9 @@ import numpy as np
 from optaxclip.audit import _text as text
 from optaxclip.audit._what_if.replay import checked
 
-SHORT = 200  # norms; of fewer, the 95th percentile rests on less than ten
+SHORT = 100  # norms; fewer do not fill the smallest window
+ENOUGH = 1000  # norms, from which on a 95th percentile is known well enough
+SURE = 1.96  # deviations, within which a percentile lies with 95% confidence
 STATIONARY = 1.5  # largest over smallest median of the quarters of a series
 SPIKE = 10.0  # medians, at which a norm counts as a spike here
 WINDOWS = (100, 200, 500, 1000, 2000, 5000, 10_000)
@@ -46,9 +48,12 @@ def suggest(norms: np.ndarray) -> Suggestions:
     steps take at most half of the :math:`\lfloor 0.05 (N - 1) \rfloor` places that
     the percentile withstands: the smaller the window, the sooner it follows a change.
 
-    Two tests make *remarks*. A series of fewer than 200 norms is too short for a 95th
-    percentile. And it is not stationary if the medians of its four quarters differ by
-    more than a factor of 1.5: too much for one fixed threshold to fit all of it.
+    Two tests make *remarks*. A series of fewer than 100 norms does not fill the
+    smallest window and has less than five norms above its 95th percentile: too few for
+    advice. Of fewer than 1,000 a remark says between which norms that percentile lies
+    with 95% confidence. And a series is not stationary if the medians of its four
+    quarters differ by more than a factor of 1.5: too much for one fixed threshold to
+    fit all of it.
 
     Args:
       norms: Shape (steps,), before clipping. Zeros, NaN and infinity are left out.
@@ -103,10 +108,11 @@ def _fixed(norms: np.ndarray) -> Suggestion:
         setting=f"clip_by_global_norm({threshold})",
         rule=f"constant:{threshold}",
         reason=(
-            f"{origin.capitalize()}, {threshold / mean:.1f} times the mean norm of "
-            f"{mean:.3g} (without its spikes), within the 0.5 to 10 times that Pascanu "
-            f"et al. (2013) found to work; of this run it clips "
-            f"{text.share(float(np.mean(norms > threshold)))}."
+            f"{origin.capitalize()} of the norms. It is {threshold / mean:.1f} times "
+            f"their mean of {mean:.3g} (outliers are cut at {SPIKE:g} times the "
+            "median); Pascanu et al. (2013) found 0.5 to 10 times the mean to work. It "
+            f"clips {text.share(float(np.mean(norms > threshold)))} of the steps of "
+            "this run."
         ),
     )
 
@@ -115,16 +121,18 @@ def _percentile(norms: np.ndarray) -> Suggestion:
     spikes = norms > SPIKE * np.median(norms)
     fits = [n for n in WINDOWS if _densest(spikes, n) <= _withstood(n) / 2]
     window = fits[0] if fits else WINDOWS[-1]
+    densest = _densest(spikes, window)
+    most = f"at most {text.count(densest, 'norm')}" if densest else "no norm"
     return Suggestion(
         setting=f"clip_by_percentile(95, window={window})",
         rule=f"quantile:0.95,{window}",
         reason=(
-            "It needs no scale and clips one ordinary step in twenty (Seetharaman et "
-            "al., 2020, have the idea; Merad and Gaïffas, 2024, the theory: it bears "
-            f"heavy tails and a share of outliers). {window:,} norms withstand "
-            f"{_withstood(window)} spikes, where this run had at most "
-            f"{_densest(spikes, window)} in so many steps, and follow a lasting rise "
-            f"in about {window // 20} steps."
+            "It needs no scale and clips about one ordinary step in twenty (the idea "
+            "is from Seetharaman et al., 2020; Merad and Gaïffas, 2024, prove that it "
+            f"copes with heavy tails and outliers). A window of {window:,} norms "
+            f"tolerates {_withstood(window)} outliers; this run had {most} above "
+            f"{SPIKE:g} times the median in that many steps. It adapts to a lasting "
+            f"rise in about {window // 20} steps."
         ),
     )
 
@@ -144,14 +152,30 @@ def _remarks(norms: np.ndarray) -> list[str]:
     remarks = []
     if len(norms) < SHORT:
         remarks.append(
-            f"Only {len(norms)} norms: too few to tell a 95th percentile, for which "
-            f"{SHORT} are needed. Record more steps."
+            f"{text.count(len(norms), 'norm')} are too few: a 95th percentile needs at "
+            f"least {SHORT}. Record more steps before you trust these numbers."
+        )
+    elif len(norms) < ENOUGH:
+        low, high = _confidence(norms, 0.95)
+        remarks.append(
+            f"The run is short: its {len(norms)} norms put the 95th percentile "
+            f"somewhere between {low:.3g} and {high:.3g} (95% confidence). Take the "
+            f"numbers as a first try, and ask again after {ENOUGH:,} steps."
         )
     medians = [float(np.median(part)) for part in np.array_split(norms, 4) if len(part)]
     if max(medians) > STATIONARY * min(medians):
         remarks.append(
-            "The norms are not stationary: the medians of the run's quarters are "
+            "The norms drift: their medians in the four quarters of the run are "
             f"{', '.join(f'{median:.3g}' for median in medians)}. No fixed threshold "
-            "fits all of them; the percentile follows."
+            "fits all of them; the percentile adapts."
         )
     return remarks
+
+
+def _confidence(norms: np.ndarray, q: float) -> np.ndarray:
+    """Two norms between which the quantile lies, whatever their distribution."""
+    count = len(norms)
+    spread = SURE * np.sqrt(count * q * (1 - q))  # of how many lie below it
+    low, high = np.floor(count * q - spread), np.ceil(count * q + spread)
+    ranks = np.clip([low - 1, high - 1], 0, count - 1).astype(int)
+    return np.sort(norms)[ranks]

@@ -1,0 +1,254 @@
+"""The summary and the page name what was done to a run, and nothing else."""
+
+import dataclasses
+import json
+import sys
+
+import logs
+import numpy as np
+import pytest
+import runs
+
+from optaxclip.audit import _cli, read, report
+from optaxclip.audit._report import findings, pictures, summary_text
+from optaxclip.audit._report import statistics as stats
+
+# Of each run all findings, the first with what its detail must say.
+EXPECTED = {
+    "healthy": (
+        ["[fine] The run looks healthy"],
+        "Every norm was finite and none was a spike. Of 400 steps, ",
+    ),
+    "spikes held": (
+        ["[notice] 3 spikes, all clipped"],
+        "Steps 130, 217, 305 had norms at least 5 times as large as usual before and",
+    ),
+    "spikes passed": (
+        ["[problem] 3 spikes reached the optimizer"],
+        "Steps 130, 217, 305 had norms at least 5 times as large as usual before and",
+    ),
+    "NaN in one layer": (
+        ["[problem] The gradient is NaN from step 260 to the end"],
+        "At step 260 the gradient was NaN only in hidden_1/kernel and the loss was "
+        "finite: look at the backward pass",
+    ),
+    "NaN in all": (
+        ["[problem] The gradient is NaN from step 260 to the end"],
+        "At step 260 the gradient was NaN in all 8 parameters and the loss was NaN: "
+        "look at the batch of that step",
+    ),
+    "NaN skipped": (
+        ["[notice] 2 steps with a gradient of NaN were skipped"],
+        "Steps 170, 260. At step 170 the gradient was NaN in all 8 parameters",
+    ),
+    "always clipped": (
+        ["[notice] Every step was clipped"],
+        "The threshold is below the ordinary norms",
+    ),
+    "never clipped": (
+        ["[notice] The clip never acted: its threshold is out of reach"],
+        "The median threshold, 100, is ",
+    ),
+    "restarted twice": (
+        ["[notice] The run was restarted twice", "[fine] The run looks healthy"],
+        "100 steps run again from a checkpoint; the log keeps the later version.",
+    ),
+    "float16": (
+        ["[notice] 7 steps overflowed and were skipped"],
+        "At step 0 the gradient was infinite in all 8 parameters and the loss was "
+        "finite. With dynamic_loss_scale this is normal",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", runs.RUNS)
+def test_a_run_is_known_by_its_findings(name, tmp_path, monkeypatch):
+    data = runs.RUNS[name](tmp_path / "run.jsonl")
+    titles, detail = EXPECTED[name]
+    found = findings(data)
+    if name == "float16":  # how many of them depends on the last bits
+        count = int(data.skipped.sum())
+        assert count > 3
+        titles = [titles[0].replace("7", str(count))]
+    assert [f"[{f.level}] {f.title}" for f in found] == titles
+    assert detail in found[0].detail
+    assert summary_text(data).splitlines()[1].startswith(f"{titles[0]}. ")
+    assert stats.leaves_are_scaled(data) == (name == "float16")
+    monkeypatch.setattr(sys.modules[report.__module__], "_replays", lambda *_: "")
+    monkeypatch.setattr(pictures, "pictures", lambda _: "<figure></figure>")
+    page = report(data, tmp_path / "page.html").read_text()
+    first = page.index('<li class="finding')
+    assert page.index(found[0].title) < page.index("<figure>")
+    assert page[first:].startswith(f'<li class="finding {found[0].level}">')
+
+
+def test_the_page_says_that_norms_of_leaves_include_the_loss_scale(tmp_path):
+    leaves = [[3.0 * scale, 4.0 * scale] for scale in [2.0**15] * 30 + [2.0**16] * 30]
+    data = log(np.full(60, 5.0), tmp_path, leaf_norms=leaves)
+    said = "They were recorded before the loss scale was divided out."
+    assert said in pictures.pictures(data)
+    true = dataclasses.replace(data, leaf_norms=np.tile([3.0, 4.0], (60, 1)))
+    assert said not in pictures.pictures(true)
+
+
+# -- spikes
+
+
+def log(norms, folder, **more):
+    """The log of a loose clip, with leaf norms if given."""
+    rows = [
+        logs.row(i, norm, 5.0, **{key: value[i] for key, value in more.items()})
+        for i, norm in enumerate(np.asarray(norms).tolist())
+    ]
+    names = [f"layer_{i}" for i in range(len(rows[0].get("leaf_norms", ())))]
+    return read(logs.write(folder / "run.jsonl", rows, leaf_names=names))
+
+
+def test_the_usual_norm_is_the_larger_of_the_medians_on_both_sides(tmp_path):
+    norms = np.random.default_rng(0).lognormal(size=300).round(6)
+    norms[[20, 150]] = np.nan
+    usual = stats.usual_norm(log(norms, tmp_path))
+    finite = norms[np.isfinite(norms)]
+    expected = []
+    for i in range(len(finite)):
+        before, after = finite[max(i - 50, 0) : i], finite[i + 1 : i + 51]
+        sides = [np.sort(s)[(len(s) - 1) // 2] for s in (before, after) if len(s) >= 10]
+        expected.append(max(sides) if len(before) >= 10 else np.nan)
+    np.testing.assert_array_equal(usual[np.isfinite(norms)], expected)
+    assert np.isnan(usual[[20, 150]]).all()
+
+
+@pytest.mark.parametrize("halving", [0.5, 2, 8, 30])
+@pytest.mark.parametrize("fall", [5, 30, 1000])
+def test_a_decay_has_no_spike(fall, halving, tmp_path):
+    noise = np.random.default_rng(0).lognormal(sigma=0.2, size=400)
+    norms = noise * (1 + fall * 0.5 ** (np.arange(400) / halving))
+    assert not len(stats.spikes(log(norms, tmp_path)))
+
+
+def test_a_rise_that_lasts_is_no_spike(tmp_path):
+    norms = np.where(np.arange(400) < 200, 1.0, 20.0)
+    assert not len(stats.spikes(log(norms, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [(10, 1), (10, 9), (25, 24), (100, 24), (340, 24), (391, 9), (399, 1)],
+)
+def test_a_burst_is_spikes(start, length, tmp_path):
+    norms = np.ones(400)
+    norms[start : start + length] = 9.0
+    expected = np.flatnonzero(norms > 1)
+    assert stats.spikes(log(norms, tmp_path)).tolist() == expected.tolist()
+
+
+def test_a_spike_within_a_decay(tmp_path):
+    norms = 1 + 20 * 0.5 ** (np.arange(400) / 8)
+    norms[30] *= 50
+    assert stats.spikes(log(norms, tmp_path)).tolist() == [30]
+
+
+def test_a_parameter_that_leads_in_spikes_alone(tmp_path):
+    norms = np.where(np.arange(400) % 100 == 50, 90.0, 1.0)
+    leaves = np.full((400, 3), 0.5)
+    leaves[norms > 1, 2] = 90.0
+    data = log(norms, tmp_path, leaf_norms=leaves.tolist())
+    _, second, *_ = findings(data)
+    assert second.title == "The spikes come from one parameter"
+    assert second.detail == "layer_2 has the largest norm in 4 of the 4 spikes."
+    leaves[:, 2] *= 2  # the largest in every step: nothing to tell
+    data = dataclasses.replace(data, leaf_norms=leaves)
+    assert "spikes come" not in summary_text(data)
+
+
+# -- NaN
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        ([0], "only in layer_0"),
+        ([4, 20, 27], "only in layer_4, layer_20, layer_27"),
+        ([1, 2, 3, 4], "in 4 of 28 parameters"),
+        (range(1, 28), "in 27 of 28 parameters"),
+        (range(28), "in all 28 parameters"),
+    ],
+)
+def test_which_parameters_are_not_finite(bad, expected, tmp_path, capsys):
+    leaves = np.full((60, 28), 0.1)
+    leaves[40, list(bad)] = np.nan
+    rows = [[logs.number(x) for x in row] for row in leaves]
+    norms = np.where(np.arange(60) == 40, np.nan, 1.0)
+    data = log(norms, tmp_path, leaf_norms=rows)
+    (finding,) = findings(data)
+    assert f"At step 40 the gradient was NaN {expected}." in finding.detail
+    (event,) = stats.nonfinite_events(data, 5)
+    assert event.leaf == expected.removeprefix("only ").removeprefix("in ")
+    assert _cli.main(["summary", str(tmp_path / "run.jsonl"), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert expected in summary["findings"][0]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([1.0, 1.0], "the loss was finite: look at the backward pass"),
+        ([1.0, "nan"], "the loss was NaN: look at the batch"),
+        ([1.0, "inf"], "the loss was infinite: look at the batch"),
+        (["nan", "nan"], ""),  # not recorded
+    ],
+)
+def test_what_the_loss_says_of_a_nan(losses, expected, tmp_path):
+    norms = np.where(np.arange(60) == 40, np.nan, 1.0)
+    data = log(norms, tmp_path, loss=[losses[i == 40] for i in range(60)])
+    detail = findings(data)[0].detail
+    assert expected in detail
+    assert ("the loss was" in detail) == bool(expected)
+
+
+def test_nan_that_comes_and_goes(tmp_path):
+    norms = np.where(np.isin(np.arange(60), [40, 45]), np.nan, 1.0)
+    data = log(norms, tmp_path)
+    data = dataclasses.replace(data, skipped=np.zeros(60, bool))
+    (finding,) = findings(data)
+    assert finding.title == "2 steps with a gradient of NaN"
+    assert finding.detail.startswith("Steps 40, 45. A clip does not stop NaN")
+    assert finding.level == "problem"
+
+
+# -- thresholds that move, and those that do not
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "expected"),
+    [
+        (np.full(400, 1.0), False),
+        (np.where(np.arange(400) < 200, 1.0, 2.0), False),  # resumed with another
+        (np.repeat([1.0, 0.5, 0.2], [100, 200, 100]), False),
+        (np.full(400, np.inf), False),
+        (np.linspace(1, 2, 400), True),
+        (np.repeat(np.arange(40.0), 10), True),
+    ],
+)
+def test_whether_a_threshold_moves(thresholds, expected, tmp_path):
+    data = dataclasses.replace(log(np.ones(400), tmp_path), threshold=thresholds)
+    assert stats.moves(data) == expected
+
+
+@pytest.mark.parametrize("name", ["healthy", "never clipped"])
+def test_by_the_logs_of_real_clips(name, tmp_path):
+    data = runs.RUNS[name](tmp_path / "run.jsonl")
+    assert stats.moves(data) == (name == "healthy")
+
+
+# -- the record
+
+
+def test_a_record_with_gaps_comes_before_praise(tmp_path):
+    data = log(np.ones(60), tmp_path)
+    data = dataclasses.replace(data, missed=((7, 9),), torn=1)
+    assert [f.title for f in findings(data)] == [
+        "The record is not complete",
+        "The run looks healthy",
+    ]
+    assert findings(data)[0].detail == "3 steps missing: 7 to 9; 1 torn line dropped."
