@@ -13,16 +13,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip import _checks
 from optaxclip._kernel.decide import (
     Decision,
     all_of,
     count_if,
     decide,
-    is_unbounded,
+    stored,
     unbounded_like,
 )
 from optaxclip._kernel.measure import Norm, initial
 from optaxclip._kernel.names import Norms
+from optaxclip._kernel.probe import check_rule
 from optaxclip._kernel.states import own
 from optaxclip._norms import (
     AxisName,
@@ -184,14 +186,14 @@ def clip_by(
     """
     norm, apply = chosen(norm), chosen(apply)
     if not callable(norm):
-        raise ValueError(
-            f"`clip_by(norm=...)` must be a function of a tree, got {norm!r}. "
-            "`optax.inject_hyperparams` needs `norm` in its `static_args`."
-        )
+        hint = "`optax.inject_hyperparams` needs `norm` in its `static_args`"
+        _checks.refused("clip_by", "norm", "a function of a tree", norm, hint)
+    _checks.function("clip_by", "apply", apply, "such as `optaxclip.clamp`")
     rule, norm = as_rule(threshold), along(norm, axis_name)
 
     def init(params: PyTree) -> ClipState:
         norms = initial(norm, params)
+        check_rule("clip_by", rule, norms)
         return ClipState(
             step_count=jnp.zeros((), jnp.int32),
             clip_count=jnp.zeros((), jnp.int32),
@@ -214,7 +216,8 @@ def clip_by(
             norm, gradients, params, like, rule, state.rule_state, extra_args
         )
         norms, thresholds = decision.norms, decision.thresholds
-        scales = jax.tree.map(clip_scale, norms, thresholds)
+        with jax.debug_infs(False):  # of thresholds that do not bound
+            scales = jax.tree.map(clip_scale, norms, thresholds)
         clipped = jax.tree.map(
             lambda threshold, scale, under: jax.tree.map(
                 apply(threshold, scale), under
@@ -223,7 +226,7 @@ def clip_by(
             decision.place(scales),
             gradients,
         )
-        metrics = ClipMetrics(norms, thresholds, scales)
+        metrics = ClipMetrics(norms, jax.tree.map(stored, thresholds), scales)
         return restore(clipped), _record(state, decision, metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -231,7 +234,7 @@ def clip_by(
 
 def clip_scale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     """min(1, threshold / norm), 1 for 0 / 0, with finite derivatives everywhere."""
-    within = (norm <= threshold) | (is_unbounded(threshold) & (norm == jnp.inf))
+    within = norm <= threshold
     return jnp.where(within, 1, threshold / jnp.where(within, 1, norm))
 
 

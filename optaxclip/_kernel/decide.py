@@ -21,7 +21,7 @@ class Decision(NamedTuple):
     """What was measured and what it is held to."""
 
     norms: Norms  # by name, those that `init` saw
-    thresholds: Norms  # of their shapes and dtypes; neither negative nor infinite
+    thresholds: Norms  # of their shapes and dtypes; not negative
     finite: jax.Array  # whether all norms are
     rule_state: PyTree  # the rule's new memory; the old one if a norm is not finite
     place: Callable[[Norms], PyTree]  # what belongs to the norms -> tree of the norm
@@ -91,8 +91,13 @@ def unbounded_like(norm: jax.Array) -> jax.Array:
     return jnp.full_like(norm, no_bound(norm.dtype))
 
 
+def stored(threshold: jax.Array) -> jax.Array:
+    """A threshold as a state keeps it: finite."""
+    return jnp.minimum(threshold, no_bound(threshold.dtype))
+
+
 def is_unbounded(threshold: jax.Array) -> jax.Array:
-    """Whether a threshold stands for no bound."""
+    """Whether a stored threshold stands for no bound."""
     return threshold >= no_bound(threshold.dtype)
 
 
@@ -128,5 +133,4 @@ def _refuse_missing(norms: dict[str, Any], parameter_norms: dict[str, Any]) -> N
 
 
 def _bound(threshold: jax.Array, norm: jax.Array) -> jax.Array:
-    threshold = threshold.astype(norm.dtype)
-    return jnp.clip(threshold, 0, no_bound(norm.dtype))
+    return jnp.maximum(threshold.astype(norm.dtype), 0)

@@ -1,6 +1,6 @@
 """Finding the states of this package in the state of an optimizer, and naming them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,6 +36,23 @@ def find(
             inner = getattr(node, "inner_state", ())
             inside = jax.tree_util.GetAttrKey("inner_state")
             yield from find(inner, kind, (*at, *path, inside))
+
+
+def kinds(tree: PyTree, most: int = 10) -> str:
+    """The kinds of states in a tree, for messages: ``TraceState, EmptyState``."""
+    found: list[str] = []
+
+    def look(node: Any) -> None:
+        if hasattr(node, "_fields"):
+            found.append(type(node).__name__)
+        inside = node.values() if isinstance(node, Mapping) else node
+        if isinstance(inside, tuple | list) or isinstance(node, Mapping):
+            for child in inside:
+                look(child)
+
+    look(tree)
+    names = list(dict.fromkeys(found)) or [f"a {type(tree).__name__}"]
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def plain(state: Any) -> Any:

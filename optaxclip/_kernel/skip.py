@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._kernel.decide import all_of, count_if, decide, unbounded_like
+from optaxclip import _checks
+from optaxclip._kernel.decide import all_of, count_if, decide, stored, unbounded_like
 from optaxclip._kernel.measure import Norm, handing_over, initial, measure
 from optaxclip._kernel.names import Norms
+from optaxclip._kernel.probe import check_rule
 from optaxclip._kernel.states import own
 from optaxclip._norms import (
     AxisName,
@@ -65,6 +67,15 @@ class GuardedStep(NamedTuple):
 
     init: Callable[[PyTree], SkipState]
     step: Callable[..., tuple[PyTree, SkipState]]
+
+    @property
+    def update(self) -> Any:
+        """There is none: it is no transformation."""
+        raise AttributeError(
+            "`guarded_step` makes no `optax.GradientTransformation`: its `step` takes "
+            "and gives parameters. In `optax.chain` or an optimizer of Flax use "
+            "`skip_by`."
+        )
 
 
 def skip_by(
@@ -126,9 +137,8 @@ def skip_by(
       [0. 0.] 1
       [0. 0.] 2
     """
-    inner = optax.with_extra_args_support(inner)
-    norm = along(chosen(norm), axis_name)
-    guard = _Guard(inner, norm, as_rule(threshold), watch_loss)
+    guard = _guard("skip_by", inner, norm, threshold, watch_loss, axis_name)
+    inner = guard.inner
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -185,9 +195,8 @@ def guarded_step(
       [-1. -1.] 0
       [-1. -1.] 1
     """
-    inner = optax.with_extra_args_support(inner)
-    norm = along(chosen(norm), axis_name)
-    guard = _Guard(inner, norm, as_rule(threshold), watch_loss)
+    guard = _guard("guarded_step", inner, norm, threshold, watch_loss, axis_name)
+    inner = guard.inner
 
     def step(
         updates: PyTree, params: PyTree, state: Any, **extra_args: Any
@@ -204,6 +213,21 @@ def guarded_step(
     return GuardedStep(guard.init, step)
 
 
+def _guard(
+    call: str,
+    inner: optax.GradientTransformation,
+    norm: Norm,
+    threshold: Threshold | Rule,
+    watch_loss: bool,
+    axis_name: AxisName,
+) -> _Guard:
+    _checks.transformation(call, "inner", inner)
+    norm = chosen(norm)
+    _checks.function(call, "norm", norm, "of a tree")
+    inner = optax.with_extra_args_support(inner)
+    return _Guard(inner, along(norm, axis_name), as_rule(threshold), watch_loss)
+
+
 class _Guard(NamedTuple):
     """What decides on a skip, and remembers."""
 
@@ -214,6 +238,9 @@ class _Guard(NamedTuple):
 
     def init(self, params: PyTree) -> SkipState:
         norms = initial(self._norm(jnp.zeros((), jnp.float32)), params)
+        check_rule("skip_by", self.rule, norms)
+        inner_state = self.inner.init(params)
+        _refuse_loss_scale(inner_state)
         return SkipState(
             skip_count=jnp.zeros((), jnp.int32),
             skipped_in_a_row=jnp.zeros((), jnp.int32),
@@ -223,7 +250,7 @@ class _Guard(NamedTuple):
                 skip_norm=jax.tree.map(jnp.zeros_like, norms),
                 skip_threshold=jax.tree.map(unbounded_like, norms),
             ),
-            inner_state=self.inner.init(params),
+            inner_state=inner_state,
         )
 
     def choose(
@@ -263,7 +290,7 @@ class _Guard(NamedTuple):
             skipped_in_a_row=in_a_row,
             skip_nonfinite_count=count_if(~finite, state.skip_nonfinite_count),
             skip_rule_state=decision.rule_state,
-            skip_metrics=SkipMetrics(norms, thresholds),
+            skip_metrics=SkipMetrics(norms, jax.tree.map(stored, thresholds)),
             inner_state=inner_state,
         )
 
@@ -277,6 +304,18 @@ class _Guard(NamedTuple):
             )
         scalar = same_on_all_devices("loss", loss).astype(jnp.float32)
         return lambda tree: {"grad_norm": measure(self.norm, tree), "loss": scalar}
+
+
+def _refuse_loss_scale(inner_state: PyTree) -> None:
+    def is_loss_scale(node: Any) -> bool:
+        return hasattr(node, "overflow_count")
+
+    if any(map(is_loss_scale, jax.tree.leaves(inner_state, is_leaf=is_loss_scale))):
+        raise ValueError(
+            "A skip must stand inside `dynamic_loss_scale`, not around it: a step that "
+            "overflows is skipped before the scale can back off. The loss scale skips "
+            "such steps by itself."
+        )
 
 
 def not_made(

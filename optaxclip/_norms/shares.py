@@ -56,7 +56,7 @@ def shares_of(call: str, gradients: PyTree, axis_name: AxisName) -> list[MeshAxe
     leaves, checked = jax.tree.leaves(gradients), _checked_axes()
     told: list[set[str]] = [set()] * len(leaves)
     if axis_name is None and not _initialising.get():
-        _warn_of(call, {*jax.sharding.get_abstract_mesh().manual_axes} - checked)
+        _warn_of({*jax.sharding.get_abstract_mesh().manual_axes} - checked)
     elif not _initialising.get():
         told = [{*axes} - checked for axes in _told(call, gradients, axis_name)]
     if _as_whole.get() and any(told):
@@ -125,14 +125,14 @@ def _checked_axes() -> set[str]:
     return {axis for axis in axes if varying_axes(lax.axis_index(axis))}
 
 
-def _warn_of(call: str, blind: set[str]) -> None:
+def _warn_of(blind: set[str]) -> None:
     if blind and not _warned.get():
         warnings.warn(
-            f"`{call}(axis_name=None)` cannot see which leaves are shares over the "
-            f"axes {sorted(blind)} (`pmap`, or `shard_map` with `check_vma=False`) and "
-            "takes all as whole: right if every device holds the same gradients, "
-            "averaged over the devices. Say so with `axis_name=()`, or name the axes "
-            "over which leaves are split.",
+            "`axis_name=` is missing: nothing shows which gradients are split over the "
+            f"axes {sorted(blind)} (`pmap`, or `shard_map` with `check_vma=False`), so "
+            "all are taken as whole. That is right if every device holds the same "
+            "gradients, averaged over the devices: say so with `axis_name=()`. If not, "
+            "name the axes over which they are split.",
             stacklevel=_depth_of_caller(),
         )
 

@@ -35,7 +35,7 @@ from optaxclip._norms import (
     same_on_all_devices,
     split,
 )
-from optaxclip._show import shown
+from optaxclip._show import chosen, default, shown
 from optaxclip._state.metrics import of_clip, of_skip
 from optaxclip._transforms import LossScaleState
 
@@ -69,7 +69,7 @@ class HistoryState(NamedTuple):
 
 def record_history(
     inner: optax.GradientTransformation,
-    length: int = 1000,
+    length: int = default(1000),
     leaf_norms: bool = False,
     *,
     clip: str | None = None,
@@ -129,9 +129,11 @@ def record_history(
       >>> print(state.history_count, state.history.history_norm)
       4 [0.1 2.  4. ]
     """
+    _checks.transformation("record_history", "inner", inner)
+    length = chosen(length)
+    _checks.count("record_history", "length", length)
     inner = optax.with_extra_args_support(inner)
     per_leaf = along(leaf_norm, axis_name)
-    _checks.count("record_history", "length", length)
 
     def init(params: PyTree) -> HistoryState:
         inner_state = inner.init(params)
@@ -185,7 +187,7 @@ def _row(before: PyTree, after: PyTree, clip: str | None) -> _Row:
     if row is None and not skips:
         raise ValueError(
             "`record_history(inner=...)` must hold a clip or a skip of optaxclip, got "
-            f"the state {jax.tree.structure(after)}."
+            f"{find.kinds(after)}."
         )
     if row is None:  # then the skip's norm is all there is
         is_step, no = jnp.ones((), bool), jnp.zeros((), bool)

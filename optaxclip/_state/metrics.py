@@ -114,7 +114,7 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
     if not any(states):
         raise ValueError(
             "`metrics(opt_state=...)` must hold the state of an optaxclip "
-            f"transformation, got {jax.tree.structure(opt_state)}."
+            f"transformation, got {find.kinds(opt_state)}."
         )
     report = {}
     for prefix, state in itertools.chain(*(found.items() for found in states)):
@@ -179,7 +179,7 @@ def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
         )
     ]
     worst = [_worst(row) for row in rows]
-    exceeding = sum((jnp.sum(row.norm > row.threshold) for row in rows), jnp.int32(0))
+    exceeding = sum((jnp.sum(_exceeds(row)) for row in rows), jnp.int32(0))
     report = {
         **_values(_worst(_stacked(worst))),
         "clipped_norm_fraction": exceeding / max(sum(row.norm.size for row in rows), 1),
@@ -221,6 +221,10 @@ def _worst(row: _Row) -> _Row:
     return _Row(*(largest(jnp.where(here, x, 0), None, ()) for x in row))
 
 
+def _exceeds(row: _Row) -> jax.Array:
+    return (row.norm > row.threshold) & ~is_unbounded(row.threshold)
+
+
 def _stacked(rows: list[_Row]) -> _Row:
     if not rows:
         return _Row(jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32))
@@ -234,12 +238,13 @@ def _stacked(rows: list[_Row]) -> _Row:
 
 
 def _values(row: _Row, suffix: str = "") -> dict[str, jax.Array]:
-    held = jnp.minimum(row.norm, row.threshold)
+    norm, threshold = row
+    free = is_unbounded(threshold) & (norm > 0)  # with an infinite norm, too
     return {
-        f"grad_norm{suffix}": row.norm,
+        f"grad_norm{suffix}": norm,
         f"clipped_grad_norm{suffix}": jnp.where(
-            is_unbounded(row.threshold), row.norm, held
+            free, norm, jnp.minimum(norm, threshold)
         ),
-        f"clip_threshold{suffix}": row.threshold,
-        f"clip_scale{suffix}": clip_scale(*row),
+        f"clip_threshold{suffix}": threshold,
+        f"clip_scale{suffix}": jnp.where(free, 1, clip_scale(norm, threshold)),
     }

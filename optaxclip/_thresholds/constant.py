@@ -51,7 +51,7 @@ def constant(value: Threshold) -> optax.GradientTransformation:
       >>> print(thresholds)
       2.0
     """
-    _checks.non_negative("constant", "value", value)
+    _checks.threshold("constant", "value", value)
     if callable(value):
         return _scheduled(value)
 

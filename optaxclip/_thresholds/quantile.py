@@ -107,6 +107,9 @@ def quantile(
       <https://arxiv.org/abs/2309.17316>`_, 2024
     """
     in_range = "a number in [0, 1]"
+    if isinstance(q, int | float) and 1 < q <= 100:
+        hint = f"the {q}th percentile is q={q / 100}"
+        _checks.refused("quantile", "q", in_range, q, hint)
     _checks.check("quantile", "q", q, lambda x: not x.ndim and 0 <= x <= 1, in_range)
     window, min_count = chosen(window), chosen(min_count)
     _checks.count("quantile", "window", window)

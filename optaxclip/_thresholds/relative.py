@@ -48,7 +48,7 @@ def relative(
       Brock et al., `High-Performance Large-Scale Image Recognition Without
       Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
     """
-    _checks.non_negative("relative", "ratio", ratio)
+    _checks.threshold("relative", "ratio", ratio)
     _checks.non_negative("relative", "floor", floor)
     ratios = as_rule(ratio)
 
@@ -57,8 +57,8 @@ def relative(
     ) -> Any:
         if params is None:
             raise ValueError(
-                "`relative` compares gradients with parameters, but `params` is None: "
-                "call `update(updates, state, params)`."
+                "`update(params=...)` must be given: this clip compares gradients with "
+                "parameters. Call `update(updates, state, params)`."
             )
         ratio_of, state = ratios.update(updates, state, params, **extra_args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -102,12 +103,9 @@ def clip_by_percentile(
       Merad and Gaïffas, `Robust Stochastic Optimization via Gradient Quantile Clipping
       <https://arxiv.org/abs/2309.17316>`_, 2024
     """
-    rule = quantile(
-        _fraction("clip_by_percentile", percentile), window, min_count=min_count
-    )
-    return clip_by(
-        norm, _capped("clip_by_percentile", rule, max_norm), axis_name=axis_name
-    )
+    with _checks.made("clip_by_percentile"):
+        rule = quantile(_fraction(percentile), window, min_count=min_count)
+        return clip_by(norm, _capped(rule, max_norm), axis_name=axis_name)
 
 
 def autoclip(
@@ -163,8 +161,9 @@ def autoclip(
       Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation
       Networks <https://arxiv.org/abs/2007.14469>`_, 2020
     """
-    rule = quantile(_fraction("autoclip", percentile), window, include_current=True)
-    return clip_by(norm, _capped("autoclip", rule, max_norm), axis_name=axis_name)
+    with _checks.made("autoclip"):
+        rule = quantile(_fraction(percentile), window, include_current=True)
+        return clip_by(norm, _capped(rule, max_norm), axis_name=axis_name)
 
 
 def zclip(
@@ -216,8 +215,9 @@ def zclip(
       Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
       <https://arxiv.org/abs/2504.02507>`_, 2025
     """
-    rule = zscore(z_threshold, decay, warmup)
-    return clip_by(norm, _capped("zclip", rule, max_norm), axis_name=axis_name)
+    with _checks.made("zclip"):
+        rule = zscore(z_threshold, decay, warmup)
+        return clip_by(norm, _capped(rule, max_norm), axis_name=axis_name)
 
 
 def adagc(
@@ -281,7 +281,8 @@ def adagc(
       Pretraining <https://arxiv.org/abs/2502.11034>`_, 2025
     """
     warmup = chosen(warmup)
-    clip = clip_by(leaf_norm, ema(ratio, decay, warmup), axis_name=axis_name)
+    with _checks.made("adagc"):
+        clip = clip_by(leaf_norm, ema(ratio, decay, warmup), axis_name=axis_name)
     if warmup_norm is None:
         return clip
     _checks.non_negative("adagc", "warmup_norm", warmup_norm)
@@ -312,15 +313,27 @@ def _named_chain(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _fraction(call: str, percentile: float) -> float:
+def _fraction(percentile: float) -> float:
+    call = _checks.call_made("clip_by_percentile")
     _checks.check(
-        call, "percentile", percentile, lambda x: (x >= 0) & (x <= 100), "in [0, 100]"
+        call,
+        "percentile",
+        percentile,
+        lambda x: not x.ndim and 0 <= x <= 100,
+        "in [0, 100]",
     )
+    if isinstance(percentile, float) and 0 < percentile < 1:
+        warnings.warn(
+            f"`{call}(percentile={percentile})` is the {percentile}th percentile of "
+            "the norms and clips nearly every step. "
+            f"Did you mean {100 * percentile:g}?",
+            stacklevel=3,
+        )
     return percentile / 100
 
 
-def _capped(call: str, rule: Rule, max_norm: Threshold | None) -> Rule:
+def _capped(rule: Rule, max_norm: Threshold | None) -> Rule:
     if max_norm is None:
         return rule
-    _checks.non_negative(call, "max_norm", max_norm)
+    _checks.threshold("lowest", "max_norm", max_norm)
     return lowest(rule, max_norm)

@@ -25,7 +25,10 @@ from optaxclip._thresholds import Threshold, constant, relative
 
 
 def clip_by_value(
-    max_value: Threshold, *, axis_name: AxisName = None
+    max_value: Threshold | None = None,
+    *,
+    max_delta: Threshold | None = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Cuts every element at plus and minus a value.
 
@@ -37,6 +40,7 @@ def clip_by_value(
     Args:
       max_value: The value :math:`v \ge 0`: a number, an array of shape () or a
         schedule ``step -> number``.
+      max_delta: The same, by the name that ``optax.clip`` has for it.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
@@ -45,7 +49,7 @@ def clip_by_value(
       NaN.
 
     Raises:
-      ValueError: ``max_value`` is a concrete negative number or NaN.
+      ValueError: ``max_value`` is a concrete negative number or NaN, or missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,7 +60,15 @@ def clip_by_value(
       >>> print(updates["w"])
       [ 0.5 -1. ]
     """
-    _checks.non_negative("clip_by_value", "max_value", max_value)
+    given = {"max_value": max_value, "max_delta": max_delta}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            "`clip_by_value` must be given one of `max_value` and `max_delta`, got "
+            f"{' and '.join(given) or 'neither'}."
+        )
+    ((name, max_value),) = given.items()
+    _checks.threshold("clip_by_value", name, max_value)
     max_norm = functools.partial(global_norm, ord=math.inf)
     return clip_by(max_norm, constant(max_value), apply=clamp, axis_name=axis_name)
 
@@ -96,7 +108,7 @@ def clip_by_global_norm(
       Pascanu et al., `On the difficulty of training recurrent neural networks
       <https://arxiv.org/abs/1211.5063>`_, 2013
     """
-    _checks.non_negative("clip_by_global_norm", "max_norm", max_norm)
+    _checks.threshold("clip_by_global_norm", "max_norm", max_norm)
     return clip_by(global_norm, constant(max_norm), axis_name=axis_name)
 
 
@@ -132,7 +144,7 @@ def clip_by_leaf_norm(
       >>> print(updates["w"], updates["b"])
       [0.6 0.8] [0.5]
     """
-    _checks.non_negative("clip_by_leaf_norm", "max_norm", max_norm)
+    _checks.threshold("clip_by_leaf_norm", "max_norm", max_norm)
     return clip_by(leaf_norm, constant(max_norm), axis_name=axis_name)
 
 
@@ -172,7 +184,7 @@ def clip_by_block_rms(
       Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
       <https://arxiv.org/abs/1804.04235>`_, 2018
     """
-    _checks.non_negative("clip_by_block_rms", "threshold", threshold)
+    _checks.threshold("clip_by_block_rms", "threshold", threshold)
     return clip_by(leaf_rms, constant(threshold), axis_name=axis_name)
 
 
@@ -228,7 +240,7 @@ def adaptive_grad_clip(
       Brock et al., `High-Performance Large-Scale Image Recognition Without
       Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
     """
-    _checks.non_negative("adaptive_grad_clip", "clipping", clipping)
+    _checks.threshold("adaptive_grad_clip", "clipping", clipping)
     _checks.non_negative("adaptive_grad_clip", "eps", eps)
     norm = functools.partial(unit_norm, axis=axis)
     return clip_by(norm, relative(clipping, floor=eps), axis_name=axis_name)

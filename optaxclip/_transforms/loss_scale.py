@@ -145,6 +145,7 @@ def dynamic_loss_scale(
       Micikevicius et al., `Mixed Precision Training
       <https://arxiv.org/abs/1710.03740>`_, 2017
     """
+    _checks.transformation("dynamic_loss_scale", "inner", inner)
     growth_interval = chosen(growth_interval)
     _check_arguments(
         init_scale, growth_interval, growth_factor, backoff_factor, min_scale, max_scale
@@ -224,8 +225,7 @@ def loss_scale(opt_state: PyTree) -> jax.Array:
     if len(found) != 1:
         raise ValueError(
             "`loss_scale(opt_state=...)` must hold the state of one "
-            f"`dynamic_loss_scale`, got {len(found)} in "
-            f"{jax.tree.structure(opt_state)}."
+            f"`dynamic_loss_scale`, got {len(found)} in {find.kinds(opt_state)}."
         )
     return find.plain(found[0]).loss_scale
 

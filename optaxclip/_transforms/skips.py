@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
+from optaxclip import _checks
 from optaxclip._kernel import skip_by
 from optaxclip._norms import AxisName, global_norm
 from optaxclip._show import default
@@ -40,7 +41,8 @@ def skip_nonfinite(
       >>> print(updates, optaxclip.metrics(state)["skip_count"])
       [0. 0.] 1
     """
-    return skip_by(inner, global_norm, jnp.inf, axis_name=axis_name)
+    with _checks.made("skip_nonfinite"):
+        return skip_by(inner, global_norm, jnp.inf, axis_name=axis_name)
 
 
 def skip_spikes(
@@ -88,5 +90,8 @@ def skip_spikes(
     References:
       OLMo Team, `2 OLMo 2 Furious <https://arxiv.org/abs/2501.00656>`_, 2024
     """
-    rule = window_zscore(z_threshold, window, min_count)
-    return skip_by(inner, global_norm, rule, watch_loss=watch_loss, axis_name=axis_name)
+    with _checks.made("skip_spikes"):
+        rule = window_zscore(z_threshold, window, min_count)
+        return skip_by(
+            inner, global_norm, rule, watch_loss=watch_loss, axis_name=axis_name
+        )

@@ -40,7 +40,7 @@ def drain(opt_state: PyTree) -> Rows:
     if len(found) != 1:
         raise ValueError(
             "`ClipLog.update(opt_state=...)` must hold the state of one "
-            f"`record_history`, got {len(found)} in {jax.tree.structure(opt_state)}."
+            f"`record_history`, got {len(found)} in {find.kinds(opt_state)}."
         )
     recorded = (found[0].history_count, found[0].history)
     if np.ndim(found[0].history_count):  # stacked by vmap or pmap

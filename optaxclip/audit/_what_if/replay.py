@@ -15,7 +15,6 @@ from optaxclip._thresholds import (
     Rule,
     Threshold,
     as_rule,
-    no_bound,
 )
 
 
@@ -83,10 +82,7 @@ def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
     if not len(series):
         return Replay(series, series)
     with jax.default_device(_cpu()):
-        results = _scan(as_rule(rule), jnp.asarray(series))
-    thresholds, scales = map(np.asarray, results)
-    unbounded = thresholds >= no_bound(thresholds.dtype)
-    return Replay(np.where(unbounded, np.inf, thresholds), scales)
+        return Replay(*map(np.asarray, _scan(as_rule(rule), jnp.asarray(series))))
 
 
 def checked(call: str, norms: np.ndarray) -> np.ndarray:

@@ -1,0 +1,51 @@
+"""Telling a rule from what else optax makes, before it zeroes every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip._kernel.names import Norms
+
+PyTree = Any
+
+
+def check_rule(
+    call: str, rule: optax.GradientTransformationExtraArgs, norms: Norms
+) -> None:
+    """Refuses a clip, a skip or an optimizer in place of a rule.
+
+    A rule maps norms to thresholds. An optimizer maps them to updates, which point
+    against them, and are taken for thresholds of 0.
+    """
+    state: PyTree = jax.eval_shape(rule.init, norms)
+    if any(map(_is_own, jax.tree.leaves(state, is_leaf=_is_own))):
+        got = "a clip or a skip"
+    elif _is_negative(rule):
+        got = "one whose thresholds are negative, as the updates of an optimizer are"
+    else:
+        return
+    raise ValueError(
+        f"`{call}(threshold=...)` must be a number, a schedule or a rule from norms to "
+        f"thresholds, such as `optaxclip.quantile(0.95)`, got {got}: transformations "
+        "of gradients go into `optax.chain`, beside the clip."
+    )
+
+
+def _is_own(node: Any) -> bool:
+    return hasattr(node, "clip_count") or hasattr(node, "skip_count")
+
+
+def _is_negative(rule: optax.GradientTransformationExtraArgs) -> bool:
+    """Whether a norm of 1 gets a threshold below 0, as far as that can be told."""
+    with jax.ensure_compile_time_eval():
+        norm = jnp.ones((), jnp.float32)
+        try:
+            threshold, _ = rule.update(norm, rule.init(norm), norm)
+            return bool(np.all(np.asarray(threshold) < 0))
+        except Exception:  # a rule may need names, extra arguments, traced numbers
+            return False
