@@ -32,6 +32,15 @@ class Rows(NamedTuple):
         """The oldest step that is remembered."""
         return self.end - len(self.step)
 
+    def in_order(self, names: tuple[str, ...] | None) -> "Rows":
+        """With the leaves in the order of a log that has the same ones."""
+        if names is None or self.leaf_norms is None:
+            return self
+        if sorted(names) != sorted(self.leaf_names):
+            return self
+        columns = [self.leaf_names.index(name) for name in names]
+        return self._replace(leaf_norms=self.leaf_norms[:, columns], leaf_names=names)
+
 
 def drain(opt_state: PyTree) -> Rows:
     """Brings the rows of the recorder in a state to the host, in one transfer."""
