@@ -8,6 +8,7 @@ import numpy as np
 from optaxclip.audit import _text as text
 from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as stats
+from optaxclip.audit._report.names import with_shown_names
 from optaxclip.audit._what_if import longest_streak
 
 OVER = 0.5  # share of steps clipped, from which on a clip is a normaliser
@@ -28,6 +29,7 @@ class Finding(NamedTuple):
 def findings(data: LogData) -> list[Finding]:
     """What stands out in a log, problems first; ValueError if it has no steps."""
     stats.statistics(data)
+    data = with_shown_names(data)
     checks = [
         _nonfinite,
         _zero,
