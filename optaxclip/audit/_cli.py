@@ -10,9 +10,10 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
 import optax
 
 import optaxclip
@@ -22,7 +23,7 @@ from optaxclip.audit._report import (
     summary_text,
 )
 from optaxclip.audit._report import statistics as stats
-from optaxclip.audit._text import count, finite_json
+from optaxclip.audit._text import count, finite_json, printable, shown
 from optaxclip.audit._what_if import (
     SYNTAX,
     compare,
@@ -33,6 +34,14 @@ from optaxclip.audit._what_if import (
 )
 
 _LOG = "the log, as optaxclip.audit.ClipLog wrote it"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors can be printed, whatever the arguments are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints it and exits with status 2."""
+        super().error(shown(message, 1000))
 
 
 class _Failure(Exception):
@@ -56,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")
     args = _parser().parse_args(argv)
     try:
-        _print(args.command(args))
+        with np.errstate(all="ignore"):  # of norms at the ends of float64
+            _print(args.command(args))
     except _Failure as failure:
-        print(f"optaxclip: {failure}", file=sys.stderr)
+        print(printable(f"optaxclip: {failure}"), file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         return 1
@@ -66,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="optaxclip", description="Shows what gradient clipping did in a run."
     )
     parser.add_argument(
@@ -135,7 +145,8 @@ def _report(args: argparse.Namespace) -> str:
     try:
         from optaxclip.audit._report import report
 
-        return f"Wrote {report(data, args.output, title=args.title)}"
+        written = report(data, args.output, title=args.title)
+        return f"Wrote {printable(str(written))}"
     except ImportError as error:
         if "matplotlib" not in str(error):
             raise
@@ -186,8 +197,9 @@ def _suggest(args: argparse.Namespace) -> str:
         lines += [suggestion.setting, _indented(suggestion.reason)]
     if cautions := [*remarks, *_gaps(data)]:
         lines += ["Caution:", *map(_indented, cautions)]
+    log = printable(shlex.quote(args.log))
     rules = f"--rule {fixed.rule} --rule {percentile.rule}"
-    return "\n".join([*lines, f"Try: optaxclip replay {shlex.quote(args.log)} {rules}"])
+    return "\n".join([*lines, f"Try: optaxclip replay {log} {rules}"])
 
 
 def _summary(args: argparse.Namespace) -> str:
@@ -210,7 +222,7 @@ def _print(text: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names have any character
     try:
-        print(text, flush=True)
+        print(printable(text, keep="\n"), flush=True)
     except OSError as error:
         # What is left goes nowhere when the interpreter flushes it in the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -250,4 +262,5 @@ def _indented(text: str) -> str:
 
 
 def _json(value: dict[str, Any]) -> str:
-    return json.dumps(finite_json(value), allow_nan=False, indent=2)
+    text = json.dumps(finite_json(value), allow_nan=False, indent=2)
+    return text.replace("\x7f", "\\u007f")  # of control characters the only one left

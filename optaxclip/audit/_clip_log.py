@@ -12,18 +12,18 @@ class ClipLog(Writer):
 
     Rows are only ever appended, and each call of :meth:`update` hands all that is new
     to the system at once: a run that is killed leaves every row behind that had been
-    drained. A file that exists is gone on with. The format is described in
-    ``docs/log.md``; :func:`read` reads it.
+    drained. A log that exists is continued. The format is described in ``docs/log.md``;
+    :func:`read` reads it.
 
     Args:
       path: The file; folders that are missing are made. One run at a time writes it.
       params: The parameters, of which the log notes the number of elements.
       transform: A text that says how the run clips, noted in the log.
       hyperparameters: A dict of whatever else shall be noted. What JSON does not know
-        is noted as text.
-      on_error: What a full disk or a path that cannot be written does: ``"warn"`` warns
-        once, and training goes on; later updates try again and write what the recorder
-        still holds. ``"raise"`` raises the error.
+        is noted as a text of at most 1,000 characters, and never stops the log.
+      on_error: What a full disk or a path that cannot be written (a folder, a pipe)
+        does: ``"warn"`` warns once, and training goes on; later updates try again and
+        write what the recorder still holds. ``"raise"`` raises the error.
 
     Attributes:
       missed: Steps that the log is missing: the recorder forgot them before they were
@@ -31,7 +31,8 @@ class ClipLog(Writer):
       unwritten: Steps that could not be written, yet.
 
     Raises:
-      ValueError: the file exists and is no log, or is damaged. It is left as it is.
+      ValueError: the file exists and is no log, or is damaged. It is left as it is:
+        only a line that a crash cut off is ever removed.
 
     *Several processes.* Only process 0 touches the file, so make the log after
     ``jax.distributed.initialize``; every process may call :meth:`update`.

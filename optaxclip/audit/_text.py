@@ -1,4 +1,4 @@
-"""How numbers read."""
+"""How numbers read, and names."""
 
 import math
 from collections.abc import Sequence
@@ -39,6 +39,38 @@ def steps(numbers: Sequence[int] | np.ndarray, limit: int = 5) -> str:
     shown = ", ".join(str(int(n)) for n in numbers[:limit])
     more = f" and {len(numbers) - limit:,} more" if len(numbers) > limit else ""
     return f"step{'' if len(numbers) == 1 else 's'} {shown}{more}"
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""A text for a person, in which no character does anything but show.
+
+    Those that do not print, as ``str.isprintable`` has it, could move a terminal's
+    cursor, turn the direction of what follows or break XML. They are escaped as in a
+    Python string: ``\x1b``, ``\u202e``. Letters of any script stay.
+
+    Args:
+      text: What may hold names that are not ours: of leaves, of files.
+      keep: Characters that stay, the line end for instance.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A name or other text that is not ours, `printable` and of a bounded length.
+
+    Of a long one the two ends are left; the last words tell names apart.
+    """
+    text = printable(str(value))
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 4
+    return f"{text[:head]}…{text[-(most - 1 - head) :]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def finite_json(value: Any) -> Any:

@@ -373,6 +373,14 @@ def test_help_has_an_example_that_parses(capsys, command):
         ('{"optaxclip_log":2}\n', ", line 1: the log has format 2, this reader knows"),
         ("damaged", ", line 3: not JSON"),
         ("no row", ", line 2: neither a row nor a marker"),
+        ("null", ", line 3: neither a row nor a marker: None"),
+        ("a list", ", line 3: neither a row nor a marker: [1]"),
+        ("a word", ", line 3: neither a row nor a marker: {'unsure_before': 'x'}"),
+        ("an odd gap", ", line 3: neither a row nor a marker: {'missed': 3}"),
+        ("a norm of null", ", line 2: no row of a log: norm must be a number, got N"),
+        ("too deep", ", line 1: it is nested too deeply."),
+        ("CR", ", line 1: this is no optaxclip log"),
+        ("CR LF", ", line 1: the lines end in CR LF, those of a log in LF."),
         ("no steps", ": the log has no steps yet."),
     ],
 )
@@ -382,17 +390,35 @@ def test_bad_files(capsys, tmp_path, command, content, message):
     contents = {
         "damaged": f"{head}\n{row}\n{row[:20]}\n{row}\n",
         "no row": f"{head}\n{{}}\n{row}\n",
+        "null": f"{head}\n{row}\nnull\n{row}\n",
+        "a list": f"{head}\n{row}\n[1]\n",
+        "a word": f'{head}\n{row}\n{{"unsure_before":"x"}}\n',
+        "an odd gap": f'{head}\n{row}\n{{"missed":3}}\n{row}\n',
+        "a norm of null": f"{head}\n{row.replace('1.0', 'null', 1)}\n",
+        "too deep": f'{{"optaxclip_log":1,"a":{"[" * 600}{"]" * 600}}}\n{row}\n',
+        "CR": f"{head}\r{row}\r",
+        "CR LF": f"{head}\r\n{row}\r\n",
         "no steps": f"{head}\n",
     }
     if content is not None:
-        path.write_text(contents.get(content, content))
-    assert f"optaxclip: {path}{message}" in failed(capsys, arguments(command, path))
+        path.write_text(contents.get(content, content), newline="")
+    error = failed(capsys, arguments(command, path))
+    assert f"optaxclip: {path}{message}" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_directory(capsys, tmp_path, command):
     error = failed(capsys, arguments(command, tmp_path))
     assert error == f"optaxclip: {tmp_path}: Is a directory\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_pipe_is_refused_at_once(capsys, tmp_path, command):
+    path = tmp_path / "run.jsonl"
+    os.mkfifo(path)
+    error = failed(capsys, arguments(command, path))
+    assert error == f"optaxclip: {path}: Not a regular file\n"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read every file")
@@ -452,6 +478,66 @@ def test_norms_below_0_which_only_a_norm_of_ones_own_can_be(capsys, tmp_path, co
     path = logs.write(tmp_path / "run.jsonl", rows)
     error = failed(capsys, arguments(command, path))
     assert "(norms=...)` must be non-negative, got -1.0." in error
+
+
+EXTREMES = {
+    "a norm below 0": {"norm": lambda i: -1.0 if i == 3 else 1.0},
+    "norms below 0": {"norm": lambda i: -1.0},
+    "a norm of -infinity": {"norm": lambda i: "-inf" if i == 3 else 1.0},
+    "a norm beyond float32": {"norm": lambda i: 1e300 if i == 3 else 1.0},
+    "norms beyond float32": {"norm": lambda i: 1e300},
+    "the largest norms": {"norm": lambda i: 1.7e308},
+    "the smallest norms": {"norm": lambda i: 5e-324},
+    "norms at both ends": {"norm": lambda i: 1e300 if i % 2 else 1e-300},
+    "losses at both ends": {"loss": lambda i: 1.7e308 * (-1) ** i},
+    "a steady loss below 0": {"loss": lambda i: -1e308},
+    "large thresholds": {"threshold": lambda i: 1.7e308},
+    "thresholds below 0": {"threshold": lambda i: "-inf"},
+    "odd scales": {"scale": lambda i: "-inf" if i % 2 else "inf"},
+    "odd leaves": {"leaf_norms": lambda i: [1e300, -1.0, "-inf"]},
+    "the last steps": {"step": lambda i: i + 2**63 - 40},
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_numbers_of_float64_never_end_in_a_traceback(capsys, tmp_path, name):
+    changes = EXTREMES[name]
+    leaves = ("a", "b", "c") if "leaf_norms" in changes else ()
+    rows = [
+        logs.row(i, 1.0) | {key: value(i) for key, value in changes.items()}
+        for i in range(30)
+    ]
+    path = logs.write(tmp_path / "run.jsonl", rows, leaf_names=leaves)
+    for command in ("summary", "report"):
+        assert _cli.main(arguments(command, path)) == 0
+    for command in ("suggest", "replay"):
+        status = _cli.main(arguments(command, path))
+        printed = capsys.readouterr()
+        assert (status, printed.err.count("\n")) in [(0, 0), (1, 1)]
+        assert "`" in printed.err or not status
+
+
+HEADS = [
+    {"parameter_count": "many"},
+    {"parameter_count": [1]},
+    {"parameter_count": True},
+    {"device": "cpu"},
+    {"device": [3]},
+    {"device": {"kind": {"a": 1}}},
+    {"started": 3, "transform": {"a": 1}, "versions": None, "hyperparameters": [None]},
+    {"resumed": 3},
+    {"hyperparameters": {"a": [[[[1, [2, {"b": [float("nan")]}]]]]]}},
+]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_a_first_line_of_other_types(capsys, tmp_path, head):
+    rows = [logs.row(i, 1.0) for i in range(3)]
+    path = logs.write(tmp_path / "run.jsonl", rows, **head)
+    for command in ("summary", "report"):
+        assert _cli.main(arguments(command, path)) == 0
+    assert _cli.main(["summary", str(path), "--json"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 class Report:

@@ -1,14 +1,21 @@
 """The log of a run: whatever was drained is read back, whatever was not is counted."""
 
+import contextlib
+import dataclasses
+import enum
+import gzip
 import json
 import os
 import pathlib
 import random
+import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import warnings
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +85,17 @@ def assert_run(data, run, start, stop, leaves=0):
         )
 
 
+def checked(body):
+    """A line with its check, as docs/log.md has it; ``body`` lacks the last brace."""
+    return f'{body},"crc":"{zlib.crc32(body.encode()):08x}"}}'
+
+
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The objects in a log, without their checks, which fit."""
+    texts = path.read_text().splitlines()
+    assert [checked(text[: text.rindex(",")]) for text in texts] == texts
+    objects = [json.loads(text) for text in texts]
+    return [{k: v for k, v in item.items() if k != "crc"} for item in objects]
 
 
 def markers(path):
@@ -120,10 +136,14 @@ def test_the_lines_are_short_and_strict_json(path):
     history = History(*floats, *flags, [jnp.array([3.0, jnp.inf], jnp.float32)])
     ClipLog(path).update(HistoryState(jnp.int32(2), history, ()))
     assert path.read_text().splitlines()[1:] == [
-        '{"step":0,"norm":1.2,"threshold":"inf","scale":0.1,"clipped":true,'
-        '"skipped":false,"loss":2.25,"leaf_norms":[3.0]}',
-        '{"step":1,"norm":"nan","threshold":"nan","scale":"nan","clipped":false,'
-        '"skipped":true,"leaf_norms":["inf"]}',
+        checked(
+            '{"step":0,"norm":1.2,"threshold":"inf","scale":0.1,"clipped":true,'
+            '"skipped":false,"loss":2.25,"leaf_norms":[3.0]'
+        ),
+        checked(
+            '{"step":1,"norm":"nan","threshold":"nan","scale":"nan","clipped":false,'
+            '"skipped":true,"leaf_norms":["inf"]'
+        ),
     ]
 
 
@@ -562,17 +582,31 @@ def test_whatever_was_drained_survives_a_kill(path):
 # --- errors of the file system --------------------------------------------------------
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
-def test_a_full_disk_does_not_end_training():
-    log = ClipLog("/dev/full")
-    with pytest.warns(UserWarning, match="cannot write /dev/full: .*No space left"):
-        assert log.update(recorder(3)) == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert log.update(recorder(6)) == 0
-    assert log.unwritten == 6
-    with pytest.raises(OSError, match="No space left"):
-        ClipLog("/dev/full", on_error="raise").update(recorder(3))
+@contextlib.contextmanager
+def full_disk(size):
+    """The system lets no file grow beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 600])
+def test_a_full_disk_does_not_end_training(path, size):
+    log = ClipLog(path)
+    with full_disk(size):
+        with pytest.warns(UserWarning, match=r"cannot write .*clip.jsonl: .*too large"):
+            assert log.update(recorder(3)) == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert log.update(recorder(6)) == 0
+        assert log.unwritten == 6
+        with pytest.raises(OSError, match="too large"):
+            ClipLog(path, on_error="raise").update(recorder(7))
+    assert log.update(recorder(8)) == 8
+    assert_run(read(path), 0, 0, 8)
 
 
 def test_a_path_that_is_a_folder(tmp_path):
@@ -591,7 +625,7 @@ def test_a_disk_that_was_full_for_a_while(path, monkeypatch):
     log.update(recorder(4))
 
     with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "open", half_written)
+        patch.setattr(pathlib.Path, "open", partly_written)
         with pytest.warns(UserWarning, match="disk full"):
             assert log.update(recorder(8)) == 0
         assert log.update(recorder(14)) == 0
@@ -606,8 +640,8 @@ def test_a_disk_that_was_full_for_a_while(path, monkeypatch):
     assert_run(data, 0, 10, 18)
 
 
-def half_written(path, mode):
-    """Opens a file that takes half of what it is given."""
+def partly_written(path, mode):
+    """Opens a file that takes a third of what it is given."""
     file = open(path, mode, buffering=0)  # noqa: SIM115 (`Full` closes it)
     write = file.write
 
@@ -622,7 +656,7 @@ def half_written(path, mode):
             return getattr(file, name)
 
         def write(self, data):
-            write(data[: len(data) // 2])
+            write(data[: len(data) // 3])
             raise OSError("disk full")
 
     return Full()
@@ -689,6 +723,373 @@ def test_a_file_that_is_no_log_is_never_appended_to(tmp_path, content, on_error)
 def test_a_bad_argument(path):
     with pytest.raises(ValueError, match=r'must be "warn" or "raise", got \'quiet\'\.'):
         ClipLog(path, on_error="quiet")
+
+
+# --- what is no log, or damaged -------------------------------------------------------
+
+
+def log_bytes(tmp_path):
+    """A log of eight rows with a marker, in one of which a norm is infinite."""
+    path = tmp_path / "whole.jsonl"
+    ClipLog(path, transform="clip").update(recorder(5))
+    ClipLog(path).update(recorder(8))
+    return path.read_bytes()
+
+
+NO_LOGS = {
+    "CR for LF": lambda log: log.replace(b"\n", b"\r"),
+    "CR LF": lambda log: log.replace(b"\n", b"\r\n"),
+    "no line ends": lambda log: log.replace(b"\n", b""),
+    "spaces for line ends": lambda log: log.replace(b"\n", b" "),
+    "zeros for line ends": lambda log: log.replace(b"\n", b"\0"),
+    "a byte order mark": lambda log: b"\xef\xbb\xbf" + log,
+    "UTF-16": lambda log: log.decode().encode("utf-16"),
+    "UTF-32": lambda log: log.decode().encode("utf-32"),
+    "gzip": lambda log: gzip.compress(log),
+    "whitespace": lambda log: b" \t \n",
+    "spaces": lambda log: b"   ",
+    "zeros": lambda log: b"\0" * 100,
+    "a head of others": lambda log: b'{"optaxclip_log":1,"note":"mi',
+    "a head with a tail": lambda log: log.splitlines()[0] + b"mine",
+    "a damaged head": lambda log: log.splitlines()[0][:100] + b'"x',
+    "half a head with letters": lambda log: log[:80] + "é".encode(),
+    "a damaged last line": lambda log: log[:-9] + b"~" + log[-8:],
+    "a tail": lambda log: log + b"mine",
+    "a tail of JSON": lambda log: log + b'{"mine":"a li',
+    "a tail behind the last row": lambda log: log[:-1] + b"mine",
+    "a row that ends early": lambda log: log + b'{"step":8,"norm":1.0]',
+}
+
+
+@pytest.mark.parametrize("change", NO_LOGS.values(), ids=NO_LOGS)
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_what_the_log_did_not_write_stays_as_it_is(tmp_path, change, on_error):
+    path, content = tmp_path / "mine", change(log_bytes(tmp_path))
+    path.write_bytes(content)
+    message = r"^`read\(path=...\)`: .*mine, line \d+: "
+    with pytest.raises(ValueError, match=message):
+        ClipLog(path, on_error=on_error)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", NO_LOGS.values(), ids=NO_LOGS)
+def test_a_log_that_became_no_log_stays_as_it_is(tmp_path, change):
+    path = tmp_path / "clip.jsonl"
+    log = ClipLog(path)
+    log.update(recorder(4))
+    content = change(log_bytes(tmp_path))
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="line "):
+        assert log.update(recorder(6)) == 0
+    assert log.update(recorder(9)) == 0
+    assert path.read_bytes() == content
+
+
+def test_a_whole_first_line_without_its_end_is_gone_on_with(path):
+    ClipLog(path, transform="first").update(recorder(4))
+    head = path.read_bytes().splitlines()[0]
+    path.write_bytes(head)
+    assert read(path).metadata["transform"] == "first"
+    log = ClipLog(path, transform="second")
+    assert log.update(recorder(4)) == 4
+    assert path.read_bytes().startswith(head + b"\n")
+    data = read(path)
+    assert_run(data, 0, 0, 4)
+    assert data.torn == 0
+    assert [head["transform"] for head in data.metadata["resumed"]] == ["second"]
+
+
+def test_every_beginning_of_a_log_is_gone_on_with(path):
+    """Wherever a crash may have cut it: only the line that it cut is lost."""
+    ClipLog(path).update(recorder(4))
+    whole = path.read_bytes()
+    ends = [place for place, byte in enumerate(whole) if byte == ord("\n")]
+    near = {end + offset for end in ends for offset in (-2, -1, 0, 1, 2)}
+    for length in sorted(near.union(range(0, len(whole), 7))):
+        path.write_bytes(whole[:length])
+        lines = whole[:length].count(b"\n")
+        assert ClipLog(path).update(recorder(4)) >= 4 - lines
+        assert path.read_bytes().startswith(whole[: whole[:length].rfind(b"\n") + 1])
+        assert_run(read(path), 0, 0, 4)
+
+
+@pytest.mark.parametrize("zeros", [1, 5000])
+@pytest.mark.parametrize("cut", [0, 1, 30])
+def test_zeros_that_a_power_cut_left(path, cut, zeros):
+    ClipLog(path).update(recorder(4))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut] + b"\0" * zeros)
+    lost = cut > 1
+    assert (len(read(path).step), read(path).torn) == (4 - lost, int(cut != 1))
+    ClipLog(path).update(recorder(7))
+    assert_run(read(path), 0, 0, 7)
+    assert b"\0" not in path.read_bytes()
+
+
+def test_what_others_wrote_behind_a_failed_write_is_kept(path, monkeypatch):
+    log = ClipLog(path)
+    log.update(recorder(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "open", partly_written)
+        with pytest.warns(UserWarning, match="disk full"):
+            log.update(recorder(8))
+    content = path.read_bytes() + b"\nmine\n"
+    path.write_bytes(content)
+    assert log.update(recorder(8)) == 0
+    assert path.read_bytes() == content
+
+
+def make_fifo(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+SPECIAL = {
+    "a FIFO": (make_fifo, "Not a regular file"),
+    "a socket": (make_socket, "Not a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "Not a regular file"),
+    "a folder": (lambda path: path.mkdir(), "Is a directory"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), SPECIAL.values(), ids=SPECIAL)
+def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, make, message):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    path = pathlib.Path("special")
+    make(path)
+    with pytest.raises(OSError, match=message):
+        read(path)
+    with pytest.raises(OSError, match=message):
+        ClipLog(path, on_error="raise")
+    with pytest.warns(UserWarning, match=f"cannot write special: .*{message}"):
+        log = ClipLog(path)
+    assert log.update(recorder(3)) == 0
+    assert log.unwritten == 3
+
+
+@pytest.mark.parametrize(("make", "message"), SPECIAL.values(), ids=SPECIAL)
+def test_a_log_that_became_no_file(tmp_path, monkeypatch, make, message):
+    monkeypatch.chdir(tmp_path)
+    path = pathlib.Path("clip.jsonl")
+    log = ClipLog(path)
+    path.unlink()
+    make(path)
+    with pytest.warns(UserWarning, match=message):
+        assert log.update(recorder(3)) == 0
+
+
+def differs(one, other):
+    """Whether two logs tell different things of a run."""
+    fields = [field.name for field in dataclasses.fields(LogData)]
+    pairs = [(getattr(one, name), getattr(other, name)) for name in fields]
+    return not all(np.array_equal(x, y, np.dtype(type(x)) == float) for x, y in pairs)
+
+
+def test_no_damaged_byte_is_read_as_something_else(tmp_path):
+    path, rng = tmp_path / "clip.jsonl", random.Random(0)
+    log = ClipLog(path, transform="clip", hyperparameters={"rate": 0.1})
+    log.update(recorder(5, leaves=2))
+    with pytest.warns(UserWarning, match="missing"):
+        log.update(recorder(20, leaves=2))
+    ClipLog(path).update(recorder(16, leaves=2))
+    whole, data = path.read_bytes(), read(path)
+    ends = [place for place, byte in enumerate(whole) if byte == ord("\n")]
+    places = ends + [rng.randrange(len(whole)) for _ in range(400)]
+    refused = 0
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] = rng.choice([b for b in range(256) if b != whole[place]])
+        path.write_bytes(damaged)
+        try:
+            assert not differs(read(path), data)
+        except ValueError as error:
+            line = whole[:place].count(b"\n") + 1
+            named = int(re.search(r", line (\d+): ", str(error))[1])
+            assert line <= named <= line + (whole[place] == ord("\n"))
+            refused += 1
+    assert refused >= len(places) - 1  # the last line end may become a zero
+
+
+def test_a_bit_that_flipped_is_named_by_its_line(path):
+    ClipLog(path).update(recorder(4))
+    damaged = path.read_bytes().replace(b'"step":2', b'"step":3')
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="line 4: damaged, its check does not fit"):
+        read(path)
+    with pytest.raises(ValueError, match="line 4: damaged"):
+        ClipLog(path)
+    assert path.read_bytes() == damaged
+
+
+def without_checks(path):
+    """Makes a log one of the old format."""
+    path.write_text("".join(f"{json.dumps(item)}\n" for item in lines(path)))
+
+
+def test_a_log_without_checks_is_read_and_gone_on_with(path):
+    ClipLog(path).update(recorder(4))
+    ClipLog(path).update(recorder(6))
+    without_checks(path)
+    old = path.read_bytes()
+    assert_run(read(path), 0, 0, 6)
+    ClipLog(path).update(recorder(9))
+    ClipLog(path).update(recorder(12))
+    assert path.read_bytes().startswith(old)
+    data = read(path)
+    assert_run(data, 0, 0, 12)
+    assert len(data.metadata["resumed"]) == 3
+    for line in path.read_bytes()[len(old) :].splitlines():
+        assert checked(line.decode()[:-18]) == line.decode()
+
+
+MIXED = {
+    "a row that lost its check": ([3], 4, "damaged, it has no check"),
+    "a head that lost its check": ([0], 2, "it has a check, the lines above not"),
+    "checks from a row on": ([0, 1], 3, "it has a check, the lines above not"),
+}
+
+
+@pytest.mark.parametrize(("bare", "line", "message"), MIXED.values(), ids=MIXED)
+def test_checks_begin_with_a_run_and_do_not_end(path, bare, line, message):
+    ClipLog(path).update(recorder(5))
+    texts = path.read_text().splitlines()
+    for place in bare:
+        texts[place] = texts[place][:-18] + "}"
+    path.write_text("".join(f"{text}\n" for text in texts))
+    with pytest.raises(ValueError, match=f"line {line}: {message}"):
+        read(path)
+
+
+def test_damage_far_down_a_log_with_checks_is_located(path, monkeypatch):
+    monkeypatch.setattr(_reader, "_LINES_AT_ONCE", 3)
+    ClipLog(path).update(recorder(8))
+    assert_run(read(path), 0, 0, 8)
+    text = path.read_text()
+    path.write_text(text.replace('"step":6', '"step":7'))
+    with pytest.raises(ValueError, match="line 8: damaged"):
+        read(path)
+
+
+# --- what a user tells of a run -------------------------------------------------------
+
+
+class Broken:
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+@dataclasses.dataclass
+class Config:
+    rate: float = 0.1
+
+
+def cycle():
+    inner = {"rate": 0.1}
+    inner["self"] = [inner, inner]
+    return inner
+
+
+def deep(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def wide(levels):
+    value = [1]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+HARD = {
+    "huge": 10**5000,
+    "huge below 0": -(10**5000),
+    "NaN": float("nan"),
+    "infinite": [float("inf"), -np.inf],
+    "numpy": np.float32(np.nan),
+    "array": np.arange(6).reshape(2, 3),
+    "large array": np.zeros(10**6),
+    "jax": jnp.arange(3),
+    "key": jax.random.key(0),
+    "complex": 1j,
+    "bytes": b"\xff",
+    "enum": Color.RED,
+    "integer enum": Level.LOW,
+    "dataclass": Config(),
+    "function": cycle,
+    "broken": Broken(),
+    "broken in a list": [Broken(), {"a": Broken()}],
+    "broken as a key": {Broken(): 1, 1: 2, None: 3},
+    "cycle": cycle(),
+    "deep": deep(100_000),
+    "wide": wide(60),
+    "a long text": Config("x" * 10**6),
+    "a set": {1},
+    "surrogates": "\ud800",
+    "transformation": optax.sgd(0.1),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hyperparameters_that_json_cannot_hold_are_noted_as_text(path, name):
+    log = ClipLog(path, hyperparameters={"before": 1, name: HARD[name], "behind": 2})
+    assert log.update(recorder(4)) == 4
+    noted = read(path).metadata["hyperparameters"]
+    assert (noted["before"], noted["behind"]) == (1, 2)
+    assert name in noted
+    assert len(path.read_bytes().splitlines()[0]) < 1_000_000
+    assert_run(read(path), 0, 0, 4)
+
+
+def test_how_hyperparameters_are_noted(path):
+    ClipLog(path, transform=Config(), hyperparameters=HARD).update(recorder(1))
+    head = read(path).metadata
+    noted = head["hyperparameters"]
+    assert head["transform"] == str(Config())
+    assert noted["huge"].startswith("0x")
+    assert len(noted["huge"]) == len(noted["a long text"]) == 1000
+    assert noted["infinite"] == ["inf", "-inf"]
+    assert (noted["NaN"], noted["numpy"], noted["complex"]) == ("nan", "nan", "1j")
+    assert (noted["enum"], noted["dataclass"]) == ("Color.RED", str(Config()))
+    assert noted["broken as a key"] == {"<Broken>": 1, "1": 2, "None": 3}
+    assert noted["broken in a list"] == ["<Broken>", {"a": "<Broken>"}]
+    assert noted["cycle"]["rate"] == 0.1
+    assert noted["cycle"]["self"] == ["<dict of 2>", "<dict of 2>"]
+    assert noted["surrogates"] == "\ud800"
+
+
+def test_a_hyperparameter_that_is_being_traced(path):
+    @jax.jit
+    def run(rate):
+        ClipLog(path, hyperparameters={"rate": rate, "w": rate * jnp.ones(2)}).update(
+            state
+        )
+        return rate
+
+    state = recorder(2)
+    run(0.1)
+    assert "Trace" in read(path).metadata["hyperparameters"]["rate"]
+
+
+def test_hyperparameters_that_are_no_dict(path):
+    ClipLog(path, hyperparameters=Config()).update(recorder(1))
+    assert read(path).metadata["hyperparameters"] == str(Config())
 
 
 # --- several processes ----------------------------------------------------------------
@@ -782,17 +1183,61 @@ DAMAGED = {
     "two rows in a line": ([HEAD, f"{row(0)},{row(1)}", row(2)], 2, "not JSON"),
     "no norm": ([HEAD, row(0), '{"step":1}', row(2)], 3, "a row without 'norm'"),
     "a word": ([HEAD, row(0, norm="much"), row(1)], 2, "no row of a log"),
-    "no object": ([HEAD, row(0), "17", row(1)], 3, "no row of a log"),
+    "no object": ([HEAD, row(0), "17", row(1)], 3, "neither a row nor a"),
     "a list": ([HEAD, row(0), "[]", row(1)], 3, "neither a row nor a marker"),
+    "null": ([HEAD, row(0), "null", row(1)], 3, "neither a row nor a marker: None"),
+    "a list with a word": ([HEAD, '["step"]', row(1)], 2, "neither a row nor a"),
+    "a text": ([HEAD, '"step"', row(1)], 2, "neither a row nor a marker"),
+    "null at the end": ([HEAD, row(0), "null"], 3, "neither a row nor a marker"),
+    "an unsure word": ([HEAD, '{"unsure_before":"x"}'], 2, "neither a row nor a"),
+    "an odd gap": ([HEAD, '{"missed":3}', row(1)], 2, "neither a row nor a marker"),
+    "a gap of three": ([HEAD, '{"missed":[1,2,3]}'], 2, "neither a row nor a marker"),
+    "a torn list": ([HEAD, '{"torn":[]}', row(1)], 2, "neither a row nor a marker"),
+    "resumed by a word": ([HEAD, '{"resumed":"x"}'], 2, "neither a row nor a marker"),
+    "resumed too deep": (
+        [HEAD, f'{{"resumed":{{"a":{"[" * 300}{"]" * 300}}}}}'],
+        2,
+        "neither a row nor a marker",
+    ),
+    "a rewind to the end of time": (
+        [HEAD, row(0), f'{{"rewound_to":{10**30}}}'],
+        3,
+        "neither a row nor a marker",
+    ),
+    "a rewind to a truth": ([HEAD, '{"rewound_to":true}'], 2, "neither a row nor a"),
+    "null for a number": ([HEAD, row(0, norm=None)], 2, "norm must be a number, got N"),
+    "a truth for a number": ([HEAD, row(0, loss=True)], 2, "loss must be a number"),
+    "a number in quotes": ([HEAD, row(0, norm="1.0")], 2, 'norm must be a number, "na'),
+    "a huge number": ([HEAD, row(0, norm=10**400)], 2, "no row of a log"),
+    "a number of many digits": ([HEAD, f'{{"step":{"1" * 5000}}}'], 2, "not JSON"),
+    "a step below 0": ([HEAD, row(-1)], 2, "step must not be below 0, got -1"),
+    "a truth for a step": ([HEAD, row(True)], 2, "step must be an integer, got True"),
+    "a word for leaf norms": (
+        ['{"optaxclip_log": 1, "leaf_names": ["a"]}', row(0, leaf_norms="x")],
+        2,
+        "leaf_norms must be a list, got 'x'",
+    ),
+    "a truth for the format": (['{"optaxclip_log":true}'], 1, "has format True"),
+    "a long format": ([f'{{"optaxclip_log":"{"x" * 10**6}"}}'], 1, "has format 'xxxx"),
+    "deep metadata": (
+        [f'{{"optaxclip_log":1,"a":{"[" * 300}{"]" * 300}}}'],
+        1,
+        "it is nested too deeply",
+    ),
+    "a broken line at the end": ([HEAD, row(0), row(1)[:20]], 3, "not JSON"),
     "an unknown marker": ([HEAD, '{"x":1}', row(1)], 2, "neither a row nor a marker"),
-    "a list for a number": ([HEAD, row(0), row(1, norm=[1.0])], 3, "a list in place"),
-    "a list in a single row": ([HEAD, row(0, scale=[1, 1])], 2, "a list in"),
+    "a list for a number": (
+        [HEAD, row(0), row(1, norm=[1.0])],
+        3,
+        r"norm must be a number, got \[1.0\]",
+    ),
+    "a list in a single row": ([HEAD, row(0, scale=[1, 1])], 2, "scale must be a"),
     "a huge step": ([HEAD, row(10**30), row(1)], 2, "no row of a log"),
-    "half a step": ([HEAD, row(0), row(1.5)], 3, "float64 in place of int64"),
+    "half a step": ([HEAD, row(0), row(1.5)], 3, "step must be an integer, got 1.5"),
     "a word for a truth": (
         [HEAD, row(0), row(1).replace("false", '"false"')],
         3,
-        "in place of bool",
+        "clipped must be true or false, got 'false'",
     ),
     "an infinite step": ([HEAD, '{"step":1e400}', row(1)], 2, "no row of a log"),
     "a rewind to nowhere": (
@@ -814,7 +1259,7 @@ DAMAGED = {
     "nested leaf norms": (
         ['{"optaxclip_log": 1, "leaf_names": ["a"]}', row(0, leaf_norms=[[1.0]])],
         2,
-        "a list in place",
+        r"leaf_norms must be a number, got \[1.0\]",
     ),
 }
 

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import math
 import platform
 from typing import Any
 
@@ -11,11 +10,14 @@ import numpy as np
 import optax
 
 import optaxclip
+from optaxclip.audit._log.check import sealed
+from optaxclip.audit._log.plain import as_text, plain
 
 PyTree = Any
 
 FORMAT = 1
 HEAD = '{"optaxclip_log":'  # how every log begins
+START = f'{HEAD}{FORMAT},"started":"'  # how those begin that `head` writes
 
 
 def head(about: dict[str, Any], leaf_names: tuple[str, ...]) -> dict[str, Any]:
@@ -42,27 +44,14 @@ def about(
 ) -> dict[str, Any]:
     """That part of the first line which the user tells."""
     sizes = [np.size(leaf) for leaf in jax.tree.leaves(params)]
+    known = transform is None or type(transform) is str
     return {
-        "transform": transform,
-        "hyperparameters": _plain(hyperparameters or {}),
+        "transform": transform if known else as_text(transform),
+        "hyperparameters": {} if hyperparameters is None else plain(hyperparameters),
         "parameter_count": None if params is None else sum(sizes),
     }
 
 
 def line(content: dict[str, Any]) -> str:
-    """A line of JSON, as short as it gets."""
-    return json.dumps(content, separators=(",", ":")) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON knows it; as text, where it does not."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0:
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    known = value is None or isinstance(value, bool | int | float | str)
-    return value if known else str(value)
+    """A line of JSON, as short as it gets, with its check."""
+    return sealed(json.dumps(content, separators=(",", ":")))

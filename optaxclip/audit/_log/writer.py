@@ -7,14 +7,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from optaxclip.audit._log.check import is_cut_off, sealed
 from optaxclip.audit._log.data import LogData
 from optaxclip.audit._log.drain import Rows, drain, first_difference, to_json
-from optaxclip.audit._log.head import HEAD, about, head, line
-from optaxclip.audit._log.reader import parse, read
+from optaxclip.audit._log.head import START, about, head, line
+from optaxclip.audit._log.reader import parse, read, read_bytes, refuse_special
+from optaxclip.audit._text import shown
 
 PyTree = Any
-
-_HEAD = HEAD.encode()
 
 
 class Writer:
@@ -41,7 +41,7 @@ class Writer:
         self._about = about(transform, hyperparameters, params)
         self._opened = False  # whether the file has been looked at
         self._end = 0  # bytes of whole lines
-        self._rest = False  # whether a torn or failed write has left more than those
+        self._size = 0  # of the file, with what a torn or failed write has left
         self._next = 0  # the step behind the last row
         self._written: LogData | Rows | None = None  # the last rows, or all of them
         self._leaf_names: tuple[str, ...] | None = None  # None: the file has no head
@@ -73,7 +73,7 @@ class Writer:
         """
         if jax.process_index() != 0:
             return 0
-        rows = drain(opt_state)
+        rows = drain(opt_state).in_order(self._leaf_names)
         try:
             return self._write(rows)
         except (OSError, ValueError) as error:
@@ -88,30 +88,29 @@ class Writer:
     def _open(self) -> None:
         """Looks where the file ends and what it says; makes it if there is none."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.open("ab").close()  # fails now rather than at the first drain
-        content = self.path.read_bytes() if self.path.is_file() else b""
         self._opened = False
         self._end, self._next, self._written, self._leaf_names = 0, 0, None, None
-        self._rest = bool(content)
-        self._lead = '{"torn":1}\n' if content else ""
-        if b"\n" not in content and content[: len(_HEAD)] == _HEAD[: len(content)]:
+        _size(self.path)  # which refuses what is no file
+        self.path.open("ab").close()  # fails now rather than at the first drain
+        content = read_bytes(self.path)
+        self._size = len(content)
+        self._lead = line({"torn": 1}) if content else ""
+        if not content or is_cut_off(content.rstrip(b"\0"), (START,)):
             self._opened = True  # nothing, or a torn first line
             return
-        data, self._end = parse(content, self.path)
+        data, self._end, torn = parse(content, self.path)
         self._written = data
         self._next = int(data.step[-1]) + 1 if len(data.step) else 0
         self._leaf_names = data.leaf_names
         self.missed = _missed(data)
-        self._rest = self._end < len(content)
-        if not self._rest:
-            self._lead = "" if content.endswith(b"\n") else "\n"
+        if not torn:
+            self._lead = "" if content[: self._end].endswith(b"\n") else "\n"
         self._lead += line({"resumed": head(self._about, data.leaf_names)})
         self._opened = True
 
     def _write(self, rows: Rows) -> int:
-        size = _size(self.path)
-        by_others = size < self._end or (size > self._end and not self._rest)
-        if not self._opened or by_others:  # removed, for instance
+        # Of another size if others wrote to it, or removed it.
+        if not self._opened or _size(self.path) != self._size:
             self._open()
         start, text = self._next, ""
         if rows.end < self._next:  # back behind what the last drain remembered
@@ -127,7 +126,7 @@ class Writer:
         if gap:
             text += line({"missed": [start, rows.first - 1]})
         new = to_json(rows, start)
-        text += "".join(f"{row}\n" for row in new)
+        text += "".join(map(sealed, new))
         if text:
             self._append(self._begin(rows.leaf_names) + text)
             self._leaf_names = rows.leaf_names
@@ -156,19 +155,21 @@ class Writer:
             return line(head(self._about, leaf_names)) + self._lead
         if self._leaf_names != leaf_names:
             raise ValueError(
-                f"it has the leaf norms of {list(self._leaf_names)}, the recorder "
-                f"those of {list(leaf_names)}: start a new file"
+                f"it has the leaf norms of {_names(self._leaf_names)}, the recorder "
+                f"those of {_names(leaf_names)}: start a new file"
             )
         return self._lead
 
     def _append(self, text: str) -> None:
-        with self.path.open("ab") as file:
-            if self._rest and file.tell() > self._end:
-                file.truncate(self._end)
-            self._rest = True  # until all of it is written
-            file.write(text.encode())
+        try:
+            with self.path.open("ab") as file:
+                if file.tell() > self._end:
+                    file.truncate(self._end)
+                file.write(text.encode())
+        finally:
+            self._size = _size(self.path)
         self._end += len(text)
-        self._rest, self._lead = False, ""
+        self._lead = ""
 
     def _warn_of_gap(self, start: int, rows: Rows) -> None:
         self._warn_once(
@@ -192,7 +193,12 @@ class Writer:
     def _warn_once(self, kind: str, message: str, stacklevel: int) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, stacklevel=stacklevel)  # at the caller's line
+            text = shown(message, 2000)
+            warnings.warn(text, stacklevel=stacklevel)  # at the caller's line
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return shown(list(names), 500)
 
 
 def _missed(data: LogData) -> int:
@@ -200,4 +206,9 @@ def _missed(data: LogData) -> int:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
+    """The size of a file that is one; -1 if there is none."""
+    try:
+        refuse_special(path)
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1

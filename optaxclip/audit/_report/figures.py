@@ -14,6 +14,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from optaxclip.audit import _text as text
 from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as stats
 from optaxclip.audit._report.decimate import Bins, bins
@@ -22,6 +23,7 @@ from optaxclip.audit._report.decimate import Bins, bins
 # series has a shape of its own.
 NORM, BAND, THRESHOLD = "#0072B2", "#A6CEE3", "#000000"
 CLIPPED, SKIPPED, LOSS = "#E69F00", "#D55E00", "#009E73"
+LIMIT = 1e100  # drawn at most; an axis cannot span all of float64
 LEAVES = 24  # at most so many rows of the heat map
 
 
@@ -98,8 +100,10 @@ def draw_shares(axes: Axes, data: LogData, most: int = 150) -> None:
 def draw_losses(axes: Axes, data: LogData, most: int = 600) -> None:
     """The loss that was logged."""
     groups = bins(len(data.step), most)
-    _band(axes, groups, data.step, data.loss, ("loss", LOSS, "#B2DFCB"))
-    known = data.loss[np.isfinite(data.loss)]
+    finite = np.isfinite(data.loss)
+    losses = np.where(finite, np.clip(data.loss, -LIMIT, LIMIT), data.loss)
+    _band(axes, groups, data.step, losses, ("loss", LOSS, "#B2DFCB"))
+    known = losses[finite]
     if known.min() > 0 and known.max() > 30 * known.min():
         axes.set_yscale("log")
     axes.set_ylabel("loss")
@@ -147,7 +151,7 @@ def draw_leaves(
         extent=(data.step[0], max(data.step[-1], data.step[0] + 1), len(leaves), 0),
     )
     narrow = _is_narrow(axes)
-    names = [_shortened(data.leaf_names[leaf], name_width) for leaf in leaves]
+    names = [text.shown(data.leaf_names[leaf], name_width) for leaf in leaves]
     if narrow:
         names = [_two_lines(name) for name in names]
     # A name is no formula, whatever dollars it has.
@@ -159,8 +163,8 @@ def draw_leaves(
     _step_ticks(axes)
     side = {"location": "bottom" if narrow else "right", "pad": 0.02, "aspect": 30}
     ticks = MaxNLocator(4 if narrow else 8)
-    text = FuncFormatter(lambda y, _: f"{10**y:.3g}")
-    bar = axes.figure.colorbar(image, ax=axes, ticks=ticks, format=text, **side)
+    form = FuncFormatter(lambda y, _: f"{10**y:.3g}")
+    bar = axes.figure.colorbar(image, ax=axes, ticks=ticks, format=form, **side)
     bar.set_label("gradient norm")
     return image
 
@@ -266,11 +270,3 @@ def _two_lines(name: str, width: int = 20) -> str:
     if max(place, len(name) - place) > len(name) * 0.7:
         place = middle
     return f"{name[:place]}\n{name[place:]}"
-
-
-def _shortened(name: str, width: int) -> str:
-    """The two ends of a long name; the last words tell leaves apart."""
-    if len(name) <= width:
-        return name
-    head = (width - 1) // 4
-    return f"{name[:head]}…{name[-(width - 1 - head) :]}"

@@ -1,9 +1,11 @@
 """The pieces of an HTML page that needs nothing but itself."""
 
 import base64
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import NamedTuple
+
+from optaxclip.audit._text import printable
 
 
 class Section(NamedTuple):
@@ -48,6 +50,11 @@ def document(title: str, lead: str, sections: Sequence[Section], foot: str) -> s
 </body>
 </html>
 """
+
+
+def escape(text: str) -> str:
+    """Plain text as HTML."""
+    return html.escape(printable(text))
 
 
 def paragraph(text: str) -> str:

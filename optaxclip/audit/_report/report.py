@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from optaxclip.audit import _text as text
 from optaxclip.audit._log import LogData
 from optaxclip.audit._report import page, summary
 from optaxclip.audit._report import statistics as stats
+from optaxclip.audit._report.names import with_shown_names
+from optaxclip.audit._report.page import escape
 from optaxclip.audit._what_if import (
     HEADER,
     Suggestions,
@@ -25,7 +26,9 @@ from optaxclip.audit._what_if import (
 )
 
 EVENTS = 20  # rows of a table of events, at most
-NOTHING = "No norm was finite and above 0: there is nothing to go by."
+NOTHING = (
+    "No norm was finite and above 0, or one was below 0: there is nothing to go by."
+)
 ALTERNATIVES = {
     "twice the median of 100": "quantile:0.5,100*2",
     "z-score, as in ZClip": "zscore",
@@ -82,6 +85,7 @@ def report(data: LogData, path: str | Path, *, title: str | None = None) -> Path
         raise ImportError(
             "`report()` needs matplotlib: install optaxclip[audit]."
         ) from error
+    data = with_shown_names(data)
     suggestions = _suggestions(data)
     sections = [
         page.Section("summary", "Summary", _summary(data)),
@@ -92,7 +96,7 @@ def report(data: LogData, path: str | Path, *, title: str | None = None) -> Path
         page.Section("record", "For the record", _record(data)),
     ]
     html = page.document(
-        title or "Gradient clipping report",
+        text.shown(title or "Gradient clipping report", 500),
         _lead(data.metadata),
         sections,
         f"Written by optaxclip {optaxclip.__version__}.",
@@ -117,12 +121,12 @@ def _written(path: Path, html: str) -> Path:
 
 
 def _lead(metadata: dict[str, Any]) -> str:
-    count = metadata.get("parameter_count")
+    count, device = metadata.get("parameter_count"), metadata.get("device")
     parts = {
         "started": metadata.get("started"),
         "transform": metadata.get("transform"),
-        "model size": count if count is None else f"{count:,} parameters",
-        "device": (metadata.get("device") or {}).get("kind"),
+        "model size": f"{count:,} parameters" if type(count) is int else count,
+        "device": device.get("kind") if isinstance(device, dict) else device,
     }
     known = [f"{name}: {value}" for name, value in parts.items() if value]
     return page.items(known) if known else ""
@@ -181,8 +185,10 @@ def _event(event: stats.Event, columns: int) -> list[str]:
 
 
 def _suggestions(data: LogData) -> Suggestions | None:
-    usable = np.isfinite(data.norm) & (data.norm > 0)
-    return suggest(data.norm) if usable.any() else None
+    try:
+        return suggest(data.norm)
+    except ValueError:  # of norms that cannot be replayed either
+        return None
 
 
 def _replays(data: LogData, suggestions: Suggestions | None) -> str:
@@ -267,4 +273,5 @@ def _flat(metadata: dict[str, Any], prefix: str = "") -> Any:
         elif isinstance(value, list) and all(isinstance(x, str) for x in value):
             yield name, ", ".join(value)
         else:
-            yield name, value if isinstance(value, str) else json.dumps(value)
+            is_text = isinstance(value, str)
+            yield name, value if is_text else json.dumps(value, default=str)

@@ -5,6 +5,7 @@ from optaxclip.audit._log import LogData
 from optaxclip.audit._report import bad_steps, bounds, outliers
 from optaxclip.audit._report import statistics as stats
 from optaxclip.audit._report.finding import Finding, capital
+from optaxclip.audit._report.names import with_shown_names
 
 CHECKS = (  # of the same level, the first comes first
     bad_steps.reached_the_optimizer,
@@ -25,6 +26,7 @@ CHECKS = (  # of the same level, the first comes first
 def findings(data: LogData) -> list[Finding]:
     """What stands out in a log, problems first; ValueError if it has no steps."""
     stats.statistics(data)
+    data = with_shown_names(data)
     found = [finding for check in CHECKS if (finding := check(data))]
     order = ["problem", "notice"]
     found.sort(key=lambda finding: order.index(finding.level))
