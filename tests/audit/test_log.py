@@ -65,6 +65,7 @@ def recorder(count, length=8, run=0, leaves=0):
         f"leaf{i}": jnp.asarray(ring(column, count, length))
         for i, column in enumerate(leaf_norms.T)
     }
+    rings.insert(4, jnp.ones(length, jnp.int8))  # every step has a loss
     return HistoryState(jnp.int32(count), History(*rings, tree if leaves else ()), ())
 
 
@@ -132,8 +133,9 @@ def test_before_the_first_drain(path):
 def test_the_lines_are_short_and_strict_json(path):
     values = (1.2, np.inf, 0.1, 2.25)
     floats = [jnp.asarray([x, np.nan], jnp.float32) for x in values]
-    flags = [jnp.array([True, False]), jnp.array([False, True])]
-    history = History(*floats, *flags, [jnp.array([3.0, jnp.inf], jnp.float32)])
+    flags = [jnp.array([1, 0], jnp.int8)] * 2 + [jnp.array([0, 1], jnp.int8)]
+    leaves = {"w": jnp.array([3.0, jnp.inf], jnp.float32)}
+    history = History(*floats, *flags, leaves)
     ClipLog(path).update(HistoryState(jnp.int32(2), history, ()))
     assert path.read_text().splitlines()[1:] == [
         checked(
@@ -209,7 +211,7 @@ def test_a_drain_is_one_transfer(path, monkeypatch):
     with jax.transfer_guard_device_to_host("disallow"):  # which lets device_get pass
         log.update(state)
     (transferred,) = transfers
-    assert len(jax.tree.leaves(transferred)) == 1 + 6 + 3
+    assert len(jax.tree.leaves(transferred)) == 1 + 7 + 3
     assert_run(read(path), 0, 0, 8, leaves=3)
 
 
@@ -546,8 +548,9 @@ for count in range(start, 10**9, 250):
     # One value fills a row: rows are told apart, and the lines are long.
     step = jnp.arange(length)
     value = (count - 1 - (count - 1 - step) % length).astype(jnp.float32)
-    leaves = [value] * 20
-    history = History(value, value, value, value, value > 0, value < 0, leaves)
+    leaves = {f"leaf{i}": value for i in range(20)}
+    yes = value >= 0
+    history = History(value, value, value, value, yes, value > 0, value < 0, leaves)
     log.update(HistoryState(jnp.int32(count), history, ()))
     print(count, flush=True)
 """
@@ -1115,7 +1118,8 @@ mesh = jax.make_mesh((jax.device_count(),), ("data",))
 replicated = NamedSharding(mesh, PartitionSpec())
 def state(count):
     x = jnp.arange(8.0) + jax.process_count()
-    return HistoryState(jnp.int32(count), History(x, x, x, x, x > 3, x < 3, [x]), ())
+    history = History(x, x, x, x, x > 0, x > 3, x < 3, {"0": x})
+    return HistoryState(jnp.int32(count), history, ())
 path = sys.argv[1] + sys.argv[3]
 log = ClipLog(path)
 log.update(jax.jit(state, out_shardings=replicated)(4))
@@ -1321,3 +1325,23 @@ def test_to_pandas_without_pandas(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"`LogData.to_pandas\(\)` needs pandas\."):
         read(write(tmp_path, HEAD)).to_pandas()
+
+
+def test_leaves_keep_the_order_that_a_log_has(path):
+    """Version 0.1.0 wrote them in another order than `drain` gives them."""
+    log = ClipLog(path)
+    log.update(recorder(3, leaves=2))
+    head, *rows = path.read_text().splitlines()
+    turned = json.loads(head) | {"leaf_names": ["leaf1", "leaf0"]}
+    old = [json.loads(row) for row in rows]
+    for row in old:
+        row["leaf_norms"].reverse()
+    lines = [{k: v for k, v in line.items() if k != "crc"} for line in (turned, *old)]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    ClipLog(path).update(recorder(6, leaves=2))
+    data = read(path)
+    assert data.leaf_names == ("leaf1", "leaf0")
+    _, leaf_norms = truth(0)
+    np.testing.assert_array_equal(
+        data.leaf_norms.astype(np.float32), leaf_norms[:6, ::-1]
+    )

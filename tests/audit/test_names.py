@@ -100,7 +100,7 @@ def printed(capsys, *argv):
 def test_a_terminal_is_sent_no_control_character(capsys, tmp_path, name, text):
     path = write(tmp_path / "run.jsonl", name, "b", "c", text=text)
     out = printed(capsys, "summary", path)
-    assert f"{shown(name)} holds more than half" in out
+    assert f"{shown(name)} holds more than " in out
     log = ClipLog(path)
     assert is_harmless(repr(log), keep="\n")
     assert shown(name) in repr(log)
@@ -157,7 +157,7 @@ def test_errors_and_warnings_show_names_harmlessly(evil_path):
         x = jnp.ones(4)
         leaves = dict.fromkeys(leaf_names, x)
         return HistoryState(
-            jnp.int32(count), History(x, x, x, x, x > 2, x > 2, leaves), ()
+            jnp.int32(count), History(x, x, x, x, x > 0, x > 2, x > 2, leaves), ()
         )
 
     log = ClipLog(evil_path)

@@ -20,6 +20,10 @@ PyTree = Any
 class Writer:
     """Appends what is new in a recorder to a file, see `ClipLog`."""
 
+    path: Path
+    missed: int
+    unwritten: int
+
     def __init__(
         self,
         path: str | Path,
