@@ -282,9 +282,9 @@ def test_one_of_several_clips():
         optaxclip.record_history(chain).init(PARAMS)
 
 
-@pytest.mark.parametrize("length", [0, -1, 2.5])
+@pytest.mark.parametrize("length", [0, -1, 2.0, 2.5, True])
 def test_bad_length(length):
-    rule = "must be a whole number of at least 1, got"
+    rule = "must be an integer of at least 1, got"
     with pytest.raises(ValueError, match=rf"`record_history\(length=...\)` {rule}"):
         optaxclip.record_history(optaxclip.clip_by_global_norm(1.0), length)
 

@@ -267,7 +267,7 @@ def test_the_threshold_does_not_depend_on_the_norm():
         ({"decay": -0.1}, "`ema(decay=...)` must be in [0, 1), got -0.1."),
         (
             {"warmup": 2.5},
-            "`ema(warmup=...)` must be a whole number of at least 1, got 2.5.",
+            "`ema(warmup=...)` must be an integer of at least 1, got 2.5.",
         ),
         ({"floor": -1.0}, "`ema(floor=...)` must be non-negative, got -1.0."),
     ],

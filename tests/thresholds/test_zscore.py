@@ -349,7 +349,7 @@ def test_derivatives_are_finite(rule):
         ({"decay": 1.0}, "`zscore(decay=...)` must be in [0, 1), got 1.0."),
         (
             {"warmup": 0},
-            "`zscore(warmup=...)` must be a whole number of at least 1, got 0.",
+            "`zscore(warmup=...)` must be an integer of at least 1, got 0.",
         ),
         (
             {"min_deviation": -1.0},
