@@ -1,6 +1,7 @@
 """Saving and restoring: what goes on afterwards goes on bit for bit."""
 
 import functools
+import os
 import pathlib
 import subprocess
 import sys
@@ -116,7 +117,8 @@ def both(tmp_path_factory):
             uninterrupted[name] = half_a_run(name)(*halfway[name], HALF)
     with ocp.CheckpointManager(path) as checkpoints:
         checkpoints.save(HALF, args=ocp.args.StandardSave(halfway))
-    subprocess.run([sys.executable, __file__, path], check=True, timeout=600)
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # `cases`, too
+    subprocess.run([sys.executable, __file__, path], check=True, env=found, timeout=600)
     with np.load(path / "resumed.npz") as arrays:
         resumed = {
             name: [arrays[f"{name} {i}"] for i in range(len(leaves(tree)))]
