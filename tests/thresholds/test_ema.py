@@ -1,13 +1,10 @@
 """The rule `ema`: AdaGC's recursion, its speed and its guards."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from streams import lognormal, scan
 
-import optaxclip
 from optaxclip import ema
 from optaxclip.rules import at_bound, average, smallest, unchanged
 
@@ -39,53 +36,6 @@ def test_it_is_its_equation(arguments, record, start, start_of, dtype, rtol):
     assert thresholds.dtype == state.ema_mean.dtype == dtype
     np.testing.assert_allclose(thresholds, expected, rtol=rtol)
     np.testing.assert_allclose(state.ema_mean, mean, rtol=rtol)
-
-
-def adagc(gradients, ratio=1.05, decay=0.98, warmup=100, max_norm=1.0):
-    """Algorithm of the paper on lists of tensors, in float64."""
-    clipped, means = [], [np.inf] * len(gradients[0])
-    for step, tensors in enumerate(gradients):
-        tensors = [tensor.astype(np.float64) for tensor in tensors]
-        norms = [np.linalg.norm(tensor) for tensor in tensors]
-        if step < warmup:
-            scales = [min(1, max_norm / np.linalg.norm(norms))] * len(norms)
-        else:
-            scales = [min(1, ratio * m / n) for m, n in zip(means, norms, strict=True)]
-        for i, (norm, scale) in enumerate(zip(norms, scales, strict=True)):
-            now = scale * norm
-            means[i] = (
-                min(means[i], now)
-                if step < warmup
-                else decay * means[i] + (1 - decay) * now
-            )
-        clipped.append([t * s for t, s in zip(tensors, scales, strict=True)])
-    return clipped
-
-
-def test_after_a_global_clip_it_is_adagc():
-    rng = np.random.default_rng(0)
-    sizes = np.exp(0.5 * rng.standard_normal((400, 3)))
-    gradients = [
-        [(rng.standard_normal(4) * size / 3).astype(np.float32) for size in row]
-        for row in sizes
-    ]
-
-    def warmup_bound(step):
-        return jnp.where(step < 100, 1.0, jnp.inf)
-
-    tx = optax.chain(
-        optaxclip.clip_by_global_norm(warmup_bound),
-        optaxclip.clip_by(optaxclip.leaf_norm, ema()),
-    )
-
-    def step(state, gradients):
-        updates, state = tx.update(gradients, state)
-        return state, updates
-
-    stacked = [np.stack(tensors) for tensors in zip(*gradients, strict=True)]
-    _, updates = jax.lax.scan(step, tx.init(gradients[0]), stacked)
-    for i, expected in enumerate(zip(*adagc(gradients), strict=True)):
-        np.testing.assert_allclose(updates[i], np.stack(expected), rtol=2e-6)
 
 
 @pytest.mark.parametrize("ratio", [1.05, 2.0])

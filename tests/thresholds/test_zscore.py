@@ -67,7 +67,9 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-6), ("float64", 1e-10)])
+# An average forgets a rounding in 1 / (1 - decay) = 33 steps, each of which adds two:
+# 4e-6 at most. No norm is that close to its bound: all are 7e-5 or more away from it.
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 4e-6), ("float64", 1e-10)])
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
 @pytest.mark.parametrize("mode", MODES)
 def test_options_reproduce_the_published_recursion(mode, sigma, dtype, rtol):
