@@ -1,4 +1,4 @@
-"""Every transform and every kind of tree that the contracts are tested on."""
+"""Every transform, rule and kind of tree that the contracts are tested on."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import optaxclip
-from optaxclip import unit_axes
+from optaxclip import rules, unit_axes
 
 LOW = 0.05  # a threshold that every tree below exceeds at first
 HIGH = 1e6  # one that none reaches
@@ -55,6 +55,51 @@ TRANSFORMS = {
         ),
     ),
 }
+
+# name -> (a function of numbers that may be traced, such numbers). A new rule gets a
+# row here, and with it every contract test of rules. Warm-ups are of 10 norms at most.
+RULES = {
+    "quantile": (lambda q: optaxclip.quantile(q, 20), (0.9,)),
+    "quantile(include_current)": (
+        lambda q: optaxclip.quantile(q, 20, include_current=True),
+        (0.7,),
+    ),
+    "tracked_quantile": (optaxclip.tracked_quantile, (0.9, 0.05)),
+    "tracked_quantile(start)": (
+        lambda q, rate, start: optaxclip.tracked_quantile(q, rate, start=start),
+        (0.5, 0.2, 0.02),
+    ),
+    "zscore": (lambda z, decay: optaxclip.zscore(z, decay, warmup=10), (2.5, 0.97)),
+    "zscore(published)": (
+        lambda z, decay: optaxclip.zscore(
+            z,
+            decay,
+            warmup=10,
+            start=rules.moments,
+            response=as_published,
+            record=as_published,
+            min_deviation=0.0,
+        ),
+        (2.5, 0.97),
+    ),
+    "window_zscore": (lambda z: optaxclip.window_zscore(z, 20, 10), (3.0,)),
+    "ema": (lambda ratio, decay: optaxclip.ema(ratio, decay, 10), (1.05, 0.98)),
+    "ema(average)": (
+        lambda ratio, decay: optaxclip.ema(ratio, decay, 10, start=rules.average),
+        (2.0, 0.9),
+    ),
+    "lowest(quantile * 2, ...)": (
+        lambda cap, q: optaxclip.lowest(
+            cap, optax.chain(optaxclip.quantile(q, 20), optax.scale(2.0))
+        ),
+        (0.03, 0.5),
+    ),
+}
+
+
+def as_published(norm: Any, mean: Any, bound: Any) -> Any:
+    """ZClip's answer to a spike, with its epsilon of 1e-6 in z."""
+    return rules.reciprocal(norm, mean, bound, eps=2.5e-6)
 
 
 def last_axes(path: Any, leaf: Any) -> tuple[int, ...]:

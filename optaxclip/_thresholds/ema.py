@@ -117,7 +117,7 @@ def ema(
 
     Raises:
       ValueError: ``ratio`` is not above 1, ``decay`` is outside [0, 1), ``warmup`` is
-        not a whole number of at least 1, or ``floor`` is negative.
+        not an integer of at least 1, or ``floor`` is negative.
 
     Example:
       >>> import jax.numpy as jnp

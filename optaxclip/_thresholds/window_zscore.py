@@ -51,7 +51,7 @@ def window_zscore(
       0.01 / z of the mean.
 
     Raises:
-      ValueError: ``z_threshold`` is not positive, ``window`` is not a whole number of
+      ValueError: ``z_threshold`` is not positive, ``window`` is not an integer of
         at least 2, or ``min_count`` is not one from 2 to ``window``.
 
     Example:

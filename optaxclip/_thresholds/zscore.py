@@ -138,7 +138,7 @@ def zscore(
 
     Raises:
       ValueError: ``z_threshold`` is not positive, ``decay`` is outside [0, 1),
-        ``warmup`` is not a whole number of at least 1, or ``min_deviation`` or
+        ``warmup`` is not an integer of at least 1, or ``min_deviation`` or
         ``floor`` is negative.
 
     Example:

@@ -199,7 +199,7 @@ def zclip(
 
     Raises:
       ValueError: ``z_threshold`` is not positive, ``decay`` outside [0, 1), ``warmup``
-        no whole number of at least 1, or ``max_norm`` negative.
+        no integer of at least 1, or ``max_norm`` negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -264,7 +264,7 @@ def adagc(
 
     Raises:
       ValueError: ``ratio`` is not above 1, ``decay`` outside [0, 1), ``warmup`` no
-        whole number of at least 1, or ``warmup_norm`` negative.
+        integer of at least 1, or ``warmup_norm`` negative.
 
     Example:
       >>> import jax.numpy as jnp

@@ -116,7 +116,7 @@ def dynamic_loss_scale(
 
     Raises:
       ValueError: ``init_scale`` is not within ``min_scale`` and ``max_scale``, these
-        are not within 2**-126 and 2**126, ``growth_interval`` is no whole number of at
+        are not within 2**-126 and 2**126, ``growth_interval`` is no integer of at
         least 1, ``growth_factor`` not above 1, or ``backoff_factor`` outside (0, 1).
 
     Example:

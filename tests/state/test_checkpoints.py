@@ -117,14 +117,8 @@ def both(tmp_path_factory):
             uninterrupted[name] = half_a_run(name)(*halfway[name], HALF)
     with ocp.CheckpointManager(path) as checkpoints:
         checkpoints.save(HALF, args=ocp.args.StandardSave(halfway))
-    tests = str(pathlib.Path(__file__).parents[1])
-    search = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run(
-        [sys.executable, __file__, path],
-        check=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": search},
-    )
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # `cases`, too
+    subprocess.run([sys.executable, __file__, path], check=True, env=found, timeout=600)
     with np.load(path / "resumed.npz") as arrays:
         resumed = {
             name: [arrays[f"{name} {i}"] for i in range(len(leaves(tree)))]

@@ -282,7 +282,7 @@ def test_one_of_several_clips():
         optaxclip.record_history(chain).init(PARAMS)
 
 
-@pytest.mark.parametrize("length", [0, -1, 2.5])
+@pytest.mark.parametrize("length", [0, -1, 2.0, 2.5, True])
 def test_bad_length(length):
     rule = "must be an integer of at least 1, got"
     with pytest.raises(ValueError, match=rf"`record_history\(length=...\)` {rule}"):

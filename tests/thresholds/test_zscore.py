@@ -1,17 +1,15 @@
 """The rule `zscore`: the published recursion, and what its defaults mend in it."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from streams import lognormal, scan, with_spikes
 
-from optaxclip._thresholds.lowest import lowest
-from optaxclip._thresholds.zscore import moments, zscore
-from optaxclip.rules import at_bound, at_mean, reciprocal, unchanged
+from optaxclip import zscore
+from optaxclip.rules import at_bound, at_mean, moments, reciprocal, unchanged
 
 EPS = 2.5e-6  # of the published code: 1e-6 in the z-score, times z_threshold
 
@@ -21,30 +19,6 @@ def published(answer):
 
 
 PUBLISHED = published(functools.partial(reciprocal, eps=EPS))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def scan(rule, norms):
-    """Thresholds of a stream of (trees of) norms, and the state after it."""
-
-    def step(state, norm):
-        thresholds, state = rule.update(norm, state)
-        return state, thresholds
-
-    first = jax.tree.map(lambda n: n[0], norms)
-    state, thresholds = jax.lax.scan(step, rule.init(first), norms)
-    return thresholds, state
-
-
-def lognormal(sigma, steps, streams=(), seed=0):
-    noise = np.random.default_rng(seed).standard_normal((steps, *streams))
-    return (0.01 * np.exp(sigma * noise)).astype(np.float32)
-
-
-def with_spikes(sigma, steps=5000, seed=0):
-    norms = lognormal(sigma, steps, seed=seed)
-    norms[np.random.default_rng(seed + 1).random(steps) < 0.01] *= 100
-    return norms
 
 
 def zclip(norms, mode="reciprocal", factor=1.0, alpha=0.97, z_max=2.5, warmup=25):
@@ -93,7 +67,9 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-6), ("float64", 1e-10)])
+# An average forgets a rounding in 1 / (1 - decay) = 33 steps, each of which adds two:
+# 4e-6 at most. No norm is that close to its bound: all are 7e-5 or more away from it.
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 4e-6), ("float64", 1e-10)])
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
 @pytest.mark.parametrize("mode", MODES)
 def test_options_reproduce_the_published_recursion(mode, sigma, dtype, rtol):
@@ -110,14 +86,6 @@ def test_options_reproduce_the_published_recursion(mode, sigma, dtype, rtol):
     assert np.all(thresholds[~clipped] >= norms[~clipped])
     np.testing.assert_allclose(state.zscore_mean, mean, rtol=rtol)
     np.testing.assert_allclose(state.zscore_deviation, deviation, rtol=10 * rtol)
-
-
-def test_a_cap_does_not_enter_the_memory():
-    norms = with_spikes(0.3, 500)
-    free, free_state = scan(PUBLISHED, norms)
-    capped, (state, _) = scan(lowest(PUBLISHED, 0.011), norms)
-    np.testing.assert_array_equal(capped, np.minimum(free, np.float32(0.011)))
-    jax.tree.map(np.testing.assert_array_equal, state, free_state)
 
 
 @pytest.mark.parametrize("sigma", [0.001, 0.1, 0.5])
@@ -230,18 +198,6 @@ def test_norms_that_do_not_vary():
     assert np.all(thresholds[200:] >= norms[200:])
 
 
-def test_zeros_get_a_threshold_and_leave_no_trace():
-    norms = lognormal(0.1, 300)
-    zero = np.zeros(100, np.float32)
-    with_zeros = np.concatenate([zero[:1], norms[:10], zero, norms[10:150], zero])
-    expected, expected_state = scan(zscore(), norms[:150])
-    thresholds, state = scan(zscore(), with_zeros)
-    jax.tree.map(np.testing.assert_array_equal, state, expected_state)
-    np.testing.assert_array_equal(thresholds[with_zeros > 0], expected)
-    assert np.all(thresholds[with_zeros == 0] > 0)
-    assert np.isfinite(thresholds[-1])
-
-
 def test_there_is_no_way_to_stay_at_the_floor():
     norms = lognormal(0.1, 7600)
     norms[100:7000] = 1e-37
@@ -259,69 +215,6 @@ def test_it_has_no_scale_of_its_own(exponent):
     np.testing.assert_array_equal(scaled, thresholds * np.float32(2.0**exponent))
 
 
-@pytest.mark.parametrize("rule", [zscore(), PUBLISHED], ids=["default", "published"])
-def test_every_norm_has_its_own_memory(rule):
-    tree = {
-        "scalar": lognormal(0.1, 80, seed=1),
-        "units": [lognormal(0.3, 80, (1, 3), seed=2), None],
-    }
-    tree["units"][0][5:30, 0, 1] = 0.0  # this one warms up later
-    thresholds, state = scan(rule, tree)
-    expected, _ = scan(rule, tree["scalar"])
-    np.testing.assert_allclose(thresholds["scalar"], expected, rtol=1e-6)
-    for unit in range(3):
-        expected, alone = scan(rule, tree["units"][0][:, 0, unit])
-        np.testing.assert_allclose(
-            thresholds["units"][0][:, 0, unit], expected, rtol=1e-6
-        )
-        assert alone.zscore_count == state.zscore_count["units"][0][0, unit] == 25
-
-
-def test_eager_jit_scan_and_vmap_agree():
-    norms = lognormal(0.3, 40, (2,))
-    norms[30] *= 100
-    rule = zscore(warmup=5)
-    scanned, _ = scan(rule, norms)
-    mapped, _ = jax.vmap(functools.partial(scan, rule), 1, (1, 0))(norms)
-    compiled = jax.jit(rule.update)
-    eager_state = jit_state = rule.init(norms[0])
-    eager, jitted = [], []
-    for norm in norms:
-        threshold, eager_state = rule.update(jnp.asarray(norm), eager_state)
-        eager.append(threshold)
-        threshold, jit_state = compiled(jnp.asarray(norm), jit_state)
-        jitted.append(threshold)
-    for other in (mapped, np.stack(eager), np.stack(jitted)):
-        np.testing.assert_allclose(other, scanned, rtol=1e-6)
-
-
-def test_the_state_keeps_its_form():
-    rule = zscore()
-    norms = {"w": jnp.ones((1, 3)), "b": jnp.ones(()), "none": None}
-    state = rule.init(norms)
-    thresholds, after = jax.jit(rule.update)(norms, state)
-    assert jax.tree.map(jax.typeof, thresholds) == jax.tree.map(jax.typeof, norms)
-    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, after)
-    for one in (state, after):
-        buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(one)]
-        assert len(set(buffers)) == len(buffers) == 8
-    empty = rule.init({})
-    assert rule.update({}, empty) == ({}, empty)
-
-
-def test_it_composes_with_optax():
-    norms = with_spikes(0.3, 100)
-    expected, _ = scan(zscore(), norms)
-    doubled, _ = scan(optax.chain(zscore(), optax.scale(2.0)), norms)
-    np.testing.assert_array_equal(doubled, 2 * expected)
-
-
-def test_arguments_may_be_traced():
-    norms = with_spikes(0.3, 100)
-    traced = jax.jit(lambda z, decay: scan(zscore(z, decay), norms)[0])
-    np.testing.assert_allclose(traced(2.0, 0.9), scan(zscore(2.0, 0.9), norms)[0], 1e-5)
-
-
 def test_what_is_recorded_raw_opens_the_clip():
     norms = lognormal(0.1, 200)
     norms[100] = 10.0
@@ -330,34 +223,8 @@ def test_what_is_recorded_raw_opens_the_clip():
 
 
 @pytest.mark.parametrize("rule", [zscore(), PUBLISHED], ids=["default", "published"])
-def test_derivatives_are_finite(rule):
-    def total(norms):
-        thresholds = scan(rule, norms)[0]
-        return jnp.sum(jnp.where(jnp.isinf(thresholds), 0, thresholds))
-
-    norms = np.concatenate([np.zeros(2), np.ones(60), [100.0]]).astype(np.float32)
-    slopes = np.asarray(jax.grad(total)(norms))
-    assert np.all(np.isfinite(slopes))
-    assert np.all(slopes[:-1] == 0)
-    assert slopes[-1] <= 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"z_threshold": 0.0}, "`zscore(z_threshold=...)` must be positive, got 0.0."),
-        ({"decay": 1.0}, "`zscore(decay=...)` must be in [0, 1), got 1.0."),
-        (
-            {"warmup": 0},
-            "`zscore(warmup=...)` must be a whole number of at least 1, got 0.",
-        ),
-        (
-            {"min_deviation": -1.0},
-            "`zscore(min_deviation=...)` must be non-negative, got -1.0.",
-        ),
-        ({"floor": np.nan}, "`zscore(floor=...)` must be non-negative, got nan."),
-    ],
-)
-def test_errors(arguments, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        zscore(**arguments)
+def test_a_larger_spike_has_no_larger_threshold(rule):
+    norms = np.ones(60, np.float32)
+    slope = jax.grad(lambda spike: scan(rule, jnp.append(norms, spike))[0][-1])
+    assert slope(jnp.float32(2.0)) <= 0
+    assert -1e-3 < slope(jnp.float32(100.0)) <= 0
