@@ -458,7 +458,8 @@ def test_an_error_of_the_system_without_a_file_name(capsys, monkeypatch):
         ),
         (
             ["replay", "run.jsonl", "--rule", "quantile:95,1000"],
-            "argument --rule: `quantile(q=...)` must be a number in [0, 1], got 95.",
+            "argument --rule: `quantile(q=...)` must be a number in [0, 1], got 95: "
+            "the 95th percentile is q=0.95.",
         ),
     ],
 )

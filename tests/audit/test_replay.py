@@ -105,6 +105,8 @@ def test_a_replay_is_the_clip_bit_for_bit(name):
         _, state = update(jnp.array([norm]), state)
         rows.append(state.clip_metrics)
     measured, thresholds, scales = np.array(rows, np.float32).T
+    no_bound = np.finfo(np.float32).max  # as a state says it
+    thresholds = np.where(thresholds == no_bound, np.inf, thresholds)
     np.testing.assert_array_equal(measured, norms)
     replayed = replay(RULES[name], norms)
     np.testing.assert_array_equal(replayed.thresholds, thresholds)
@@ -472,7 +474,7 @@ def test_a_clip_stands_for_its_rule(call):
     expected = []
     for norm in norms:
         _, state = update(jnp.float32(norm), state)
-        expected.append(state.clip_metrics.clip_threshold)
+        expected.append(optaxclip.metrics(state)["clip_threshold"])
     np.testing.assert_allclose(replay(rule, norms).thresholds, expected, rtol=1e-6)
 
 
@@ -489,7 +491,7 @@ def test_a_clip_stands_for_its_rule(call):
         ("constant:one", "'one' is not a number"),
         ("constant:-1", r"`constant\(value=...\)` must be non-negative, got -1"),
         ("constant:nan", r"`constant\(value=...\)` must be non-negative, got nan"),
-        ("quantile:95,1000", r"`quantile\(q=...\)` must be a number in \[0, 1\]"),
+        ("quantile:95,1000", r"must be a number in .*: the 95th percentile is q=0.95"),
         ("quantile:0.5,1.5", r"`quantile\(window=...\)` must be an integer"),
         ("quantile:0.5,q=0.5", "multiple values for argument 'q'"),
         ("quantile:q=0.5,q=0.6,window=3", "q is given twice"),

@@ -440,11 +440,15 @@ def test_multi_steps_outside_counts_real_steps_and_keeps_an_infinity():
     assert optaxclip.metrics(state)["overflow_count"] == 3
 
 
-def test_skip_nonfinite_outside_never_lets_the_scale_back_off():
-    tx = optaxclip.skip_nonfinite(optaxclip.dynamic_loss_scale(adam(), 16.0))
-    _, state = tx.update(times(np.inf), tx.init(PARAMS), PARAMS)
-    assert optaxclip.metrics(state)["skip_count"] == 1
-    assert optaxclip.loss_scale(state) == 16.0
+@pytest.mark.parametrize("skip", [optaxclip.skip_nonfinite, optaxclip.skip_spikes])
+def test_a_skip_outside_is_refused(skip):
+    """It would never let the scale back off."""
+    scaled = optaxclip.dynamic_loss_scale(adam(), 16.0)
+    for tx in (skip(scaled), skip(optax.chain(optaxclip.zclip(), scaled))):
+        with pytest.raises(ValueError, match="must stand inside `dynamic_loss_scale`"):
+            tx.init(PARAMS)
+    with pytest.raises(ValueError, match="must stand inside `dynamic_loss_scale`"):
+        optaxclip.guarded_step(scaled).init(PARAMS)
 
 
 def test_flax_train_state():
@@ -527,7 +531,7 @@ def test_an_overflow_on_one_device_is_one_on_all(checked):
 def test_pmap_without_a_word_on_what_is_whole_warns_once():
     tx = optaxclip.dynamic_loss_scale(optaxclip.clip_by_global_norm(1.0))
     step = jax.pmap(lambda grads: tx.update(grads, tx.init(grads))[0], axis_name="x")
-    with pytest.warns(UserWarning, match=r"`global_norm\(axis_name=None\)`") as record:
+    with pytest.warns(UserWarning, match="`axis_name=` is missing") as record:
         step(jnp.ones((8, 3)))
     assert len(record) == 1
 
@@ -596,14 +600,14 @@ def test_no_loss_scale_or_several():
     sgd = optax.sgd(1.0).init(PARAMS)
     with message(
         "`loss_scale(opt_state=...)` must hold the state of one `dynamic_loss_scale`, "
-        f"got 0 in {jax.tree.structure(sgd)}."
+        "got 0 in EmptyState."
     ):
         optaxclip.loss_scale(sgd)
     tx = optaxclip.dynamic_loss_scale(optaxclip.dynamic_loss_scale(optax.sgd(1.0)))
     state = tx.init(PARAMS)
     with message(
         "`loss_scale(opt_state=...)` must hold the state of one `dynamic_loss_scale`, "
-        f"got 2 in {jax.tree.structure(state)}."
+        "got 2 in LossScaleState, EmptyState."
     ):
         optaxclip.loss_scale(state)
 
@@ -614,7 +618,7 @@ def test_no_loss_scale_or_several():
         ("init_scale", 0.5, "between `min_scale` and `max_scale`"),
         ("init_scale", 2.0**25, "between `min_scale` and `max_scale`"),
         ("init_scale", np.nan, "between `min_scale` and `max_scale`"),
-        ("init_scale", "1", "between `min_scale` and `max_scale`"),
+        ("init_scale", "1", "a number that is between `min_scale` and `max_scale`"),
         ("growth_interval", 0, "an integer of at least 1"),
         ("growth_interval", 2.0, "an integer of at least 1"),
         ("growth_interval", True, "an integer of at least 1"),

@@ -107,7 +107,8 @@ def _record(data: LogData) -> list[Finding]:
 
 
 def _restarted(data: LogData) -> str:
-    times = len(data.metadata.get("resumed") or ())
+    resumed = data.metadata.get("resumed")
+    times = len(resumed) if isinstance(resumed, list) else 0
     if times:
         how = {1: "once", 2: "twice"}.get(times, f"{times:,} times")
         return f"The run was restarted {how}"

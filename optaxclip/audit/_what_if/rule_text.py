@@ -9,6 +9,7 @@ from typing import Any
 import optax
 
 import optaxclip
+from optaxclip._show import chosen
 
 RULES = ("constant", "quantile", "tracked_quantile", "zscore", "window_zscore", "ema")
 CLIPS = ("clip_by_global_norm", "clip_by_percentile", "autoclip", "zclip")
@@ -127,7 +128,7 @@ def _called(
     if name in RULES:
         return made
     bound.apply_defaults()
-    return _rule_of(name, bound.arguments)
+    return _rule_of(name, {key: chosen(x) for key, x in bound.arguments.items()})
 
 
 def _rule_of(name: str, arguments: dict[str, Any]) -> optax.GradientTransformation:
@@ -157,7 +158,7 @@ def _takes(signature: inspect.Signature) -> str:
 
 def _is_number(parameter: inspect.Parameter) -> bool:
     """Whether a number can be meant: not a function, nor the name of an axis."""
-    default = parameter.default
+    default = chosen(parameter.default)
     return parameter.name != "axis_name" and (
         default is parameter.empty or not callable(default)
     )
