@@ -113,6 +113,18 @@ def test_a_gradient_that_is_none_is_not_measured_and_its_memory_stays(make):
             )
 
 
+@every_transform
+def test_an_integer_leaf_whose_gradient_is_none(make):
+    params = {"w": jnp.ones((3, 2)), "n": jnp.arange(3)}
+    tx = everything(make)
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init({"w": params["w"], "n": None})
+        updates, state = tx.update({"w": params["w"], "n": None}, state, params)
+    assert updates["n"] is None
+    assert np.all(np.isfinite(updates["w"]))
+    assert set(state.history.history_leaf_norms) == {"w"}
+
+
 def test_equinox_freezes_layers_its_own_way():
     """`init` on the whole model; gradients that are None for what is frozen."""
     model = eqx.nn.MLP(3, 2, 4, depth=2, key=jax.random.key(0))
