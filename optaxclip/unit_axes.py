@@ -17,11 +17,11 @@ function               layout                                  used by
 =====================  ======================================  =======================
 """
 
-from optaxclip._norms.unit_axes import by_rank as by_rank
-from optaxclip._norms.unit_axes import flax as flax
-from optaxclip._norms.unit_axes import output_first as output_first
-from optaxclip._norms.unit_axes import output_last as output_last
-from optaxclip._norms.unit_axes import stacked as stacked
+from optaxclip._norms import by_rank as by_rank
+from optaxclip._norms import flax as flax
+from optaxclip._norms import output_first as output_first
+from optaxclip._norms import output_last as output_last
+from optaxclip._norms import stacked as stacked
 
 __all__ = [
     "by_rank",

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip._norms import euclidean, unit_axes
+from optaxclip._norms import euclidean
 from optaxclip._norms.gradients import accumulator, split, widen
 from optaxclip._norms.maximum import largest
 from optaxclip._norms.shares import (
@@ -26,6 +26,7 @@ from optaxclip._norms.shares import (
     shares_of,
     whole_size,
 )
+from optaxclip._norms.unit_axes import Axis, resolve
 
 PyTree = Any
 Ord = int | float
@@ -113,7 +114,7 @@ def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTr
 
 def unit_norm(
     tree: PyTree,
-    axis: unit_axes.Axis = None,
+    axis: Axis = None,
     ord: Ord = 2,
     *,
     axis_name: AxisName = None,
@@ -154,7 +155,7 @@ def unit_norm(
             f"mesh axes {sorted({axis for axes in shares for axis in axes})}: nothing "
             "says which units they belong to. Measure units under `jit` instead."
         )
-    return _separate(gradients, unit_axes.resolve(axis, gradients), shares, ord)
+    return _separate(gradients, resolve(axis, gradients), shares, ord)
 
 
 def leaf_rms(tree: PyTree, *, axis_name: AxisName = None) -> PyTree:

@@ -15,6 +15,7 @@ from optaxclip._kernel import (
     find,
     is_unbounded,
     unbounded_like,
+    unique,
 )
 from optaxclip._norms import largest
 from optaxclip._thresholds import no_bound
@@ -189,7 +190,7 @@ def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
         "clip_fraction": state.clip_count / jnp.maximum(state.step_count, 1),
     }
     if per_leaf and any(paths):  # a norm without a path is the only one
-        for name, row in zip(find.unique([paths]), worst, strict=True):
+        for name, row in zip(unique([paths]), worst, strict=True):
             report |= _values(row, f"/{name}")
     return report
 

@@ -9,16 +9,13 @@ import jax
 import optax
 
 from optaxclip import _checks
-from optaxclip._kernel import (
-    clamp,
-    clip_by,
-)
+from optaxclip._kernel import clamp, clip_by
 from optaxclip._norms import (
+    Axis,
     AxisName,
     global_norm,
     leaf_norm,
     leaf_rms,
-    unit_axes,
     unit_norm,
 )
 from optaxclip._thresholds import Threshold, constant, relative
@@ -191,7 +188,7 @@ def clip_by_block_rms(
 def adaptive_grad_clip(
     clipping: Threshold,
     eps: jax.typing.ArrayLike = 1e-3,
-    axis: unit_axes.Axis = None,
+    axis: Axis = None,
     *,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
