@@ -36,11 +36,11 @@ PyTree = Any
 
 
 class History(NamedTuple):
-    """Ring buffers of ``length`` steps: what was done in step s is at s % length."""
+    """Ring buffers of ``length`` steps. Step s is at index s % length."""
 
     history_norm: jax.Array  # before clipping; NaN or infinite on a bad step
     history_threshold: jax.Array  # the largest finite number where nothing bounds
-    history_scale: jax.Array  # what the step was multiplied by; 0 of a skipped step
+    history_scale: jax.Array  # what the step was multiplied by; 0 if skipped
     history_loss: jax.Array  # as passed to `update(..., loss=)`, else 0
     history_has_loss: jax.Array  # int8, 0 or 1, as the next two
     history_clipped: jax.Array

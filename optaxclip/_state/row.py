@@ -1,4 +1,4 @@
-"""What a step was: read from the states before and after it."""
+"""What a step did, read from the states before and after it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PyTree = Any
 
 
 class Row(NamedTuple):
-    """A step as the states tell it: scalars."""
+    """What one step did, as scalars."""
 
     is_step: jax.Array  # whether there is anything to record
     norm: jax.Array

@@ -33,26 +33,26 @@ def zclip(
     .. math:: T_t = \mu_t + z^{*2} \sigma_t^2 / (n_t - \mu_t) \quad\text{where }
               n_t > \mu_t + z^* \sigma_t
 
-    Differs from the published code in what it remembers of a spike, without which a
-    lasting rise of the norm locks that code for ever; :func:`optaxclip.zscore` has the
-    equations, the reason and the options for the published recursion, which takes a
-    ``max_norm`` of 1 by default, too.
+    It differs from the published code in what it remembers of a spike: that code never
+    recovers from a lasting rise of the norm. :func:`optaxclip.zscore` has the
+    equations, the reason, and the options for the published recursion, which also has a
+    ``max_norm`` of 1 by default.
 
     Args:
       z_threshold: :math:`z^* > 0`.
-      decay: Of the running mean and deviation, in [0, 1).
-      warmup: The number of norms to start from; not clipped but for ``max_norm``.
+      decay: The decay of the running mean and deviation, in [0, 1).
+      warmup: The number of norms to start from; until then only ``max_norm`` clips.
       max_norm: A cap on the threshold: a number, an array of shape () or a schedule.
       norm: What to measure.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
-      A transformation with :class:`optaxclip.ClipState`; dtypes are kept. Norms of 0
-      or not finite are not remembered.
+      A transformation with :class:`optaxclip.ClipState`; dtypes are kept. Norms that
+      are 0 or not finite are not remembered.
 
     Raises:
-      ValueError: ``z_threshold`` is not positive, ``decay`` outside [0, 1), ``warmup``
-        no whole number of at least 1, or ``max_norm`` negative.
+      ValueError: ``z_threshold`` is not positive, ``decay`` is outside [0, 1),
+        ``warmup`` is not an integer of at least 1, or ``max_norm`` is negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -150,7 +150,7 @@ def adagc(
 def _named_chain(
     **transforms: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax.named_chain`` whose state is a plain dict; Flax saves no ordered one."""
+    """``optax.named_chain`` with a plain dict as state: Flax saves no ordered one."""
     chained = optax.named_chain(*transforms.items())
 
     def init(params: PyTree) -> dict[str, Any]:

@@ -29,10 +29,10 @@ def clip_by_percentile(
 
     Norms are recorded as they come, before clipping, so the threshold follows the
     training wherever it goes; the current norm has no say in its own threshold. About
-    ``100 - percentile`` percent of ordinary steps are clipped, most of them by little,
-    and spikes down to an ordinary norm. The window is a compromise: a lasting rise is
-    followed within ``(1 - percentile / 100) * window`` steps, and as many spikes in a
-    window are withstood.
+    ``100 - percentile`` percent of ordinary steps are clipped, most of them by little.
+    Spikes are clipped to an ordinary norm. The window is a compromise: the threshold
+    follows a lasting rise within ``(1 - percentile / 100) * window`` steps, and
+    withstands as many spikes in a window.
 
     Median times k, the rule of the Zipformer recipes, is the same rule with another
     quantile and a factor: ``clip_by(global_norm, optax.chain(quantile(0.5, 100),
@@ -42,28 +42,29 @@ def clip_by_percentile(
       percentile: :math:`p` in [0, 100].
       window: The number :math:`N \ge 1` of norms to look back on.
       max_norm: A cap on the threshold: a number, an array of shape () or a schedule.
-      min_count: Until so many norms are recorded the threshold is ``max_norm``, or
-        infinite without one.
+      min_count: The number of norms to record before the percentile is used. Until
+        then the threshold is ``max_norm``, or infinite without one.
       norm: What to measure; :func:`optaxclip.leaf_norm` gives every leaf a window of
         its own.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
-      A transformation with :class:`optaxclip.ClipState`, two windows of float32 large;
-      dtypes are kept.
+      A transformation with :class:`optaxclip.ClipState`, which holds two windows of
+      float32; dtypes are kept.
 
       ==========================  ==================================================
       step                        result
       ==========================  ==================================================
-      the first                   not clipped, but for ``max_norm``
+      the first                   clipped by ``max_norm`` only
       a norm of 0                 not clipped and not recorded
       a norm not finite           not recorded; see :func:`optaxclip.clip_by`
       all norms equal             not clipped
       ==========================  ==================================================
 
     Raises:
-      ValueError: ``percentile`` is outside [0, 100], ``window`` is no integer of at
-        least 1, ``min_count`` none from 1 to ``window``, or ``max_norm`` is negative.
+      ValueError: ``percentile`` is outside [0, 100], ``window`` is not an integer of
+        at least 1, ``min_count`` is not one from 1 to ``window``, or ``max_norm`` is
+        negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,11 +104,11 @@ def autoclip(
     .. math:: T_t = P_p(n_1, \dots, n_t), \quad
               g \leftarrow g \cdot \min(1, T_t / n_t)
 
-    The original, as long as steps do not outnumber the window; then the oldest norms
-    are forgotten, which the authors left as future work. (Theirs divides by
+    This is the original as long as the window holds all steps. After that the oldest
+    norms are forgotten, which the authors left as future work. (The original divides by
     :math:`n + 10^{-6}`.) At the percentile that they recommend, 10, nine steps in ten
-    are clipped: a normaliser more than a guard, harmless before Adam and a lower
-    learning rate before SGD. :func:`clip_by_percentile` is the guard.
+    are clipped. That makes it a normalizer more than a guard: harmless before Adam, and
+    before SGD the same as a lower learning rate. :func:`clip_by_percentile` is a guard.
 
     Args:
       percentile: :math:`p` in [0, 100].
@@ -117,14 +118,14 @@ def autoclip(
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
-      A transformation with :class:`optaxclip.ClipState`, two windows of float32 large;
-      dtypes are kept. The first step is not clipped. A norm of 0 or not finite is not
-      recorded: in the original a 0 can clip to 0 for ever, and a NaN turns every later
-      gradient into NaN.
+      A transformation with :class:`optaxclip.ClipState`, which holds two windows of
+      float32; dtypes are kept. The first step is clipped by ``max_norm`` only. A norm
+      that is 0 or not finite is not recorded: in the original a 0 can clip to 0
+      forever, and a NaN turns every later gradient into NaN.
 
     Raises:
-      ValueError: ``percentile`` is outside [0, 100], ``window`` is no integer of at
-        least 1, or ``max_norm`` is negative.
+      ValueError: ``percentile`` is outside [0, 100], ``window`` is not an integer of
+        at least 1, or ``max_norm`` is negative.
 
     Example:
       >>> import jax.numpy as jnp
