@@ -1,10 +1,10 @@
 """Which axes of a leaf belong to one unit, that is, feed one output.
 
 A *unit* is what adaptive gradient clipping measures and scales by itself: the row,
-column or filter of weights behind one output. Which axes those are is a convention of
-the library that laid out the weights, not of their rank. Each function here takes the
-path and the array of a leaf and returns the axes to sum over, and is meant for the
-``axis=`` of :func:`optaxclip.unit_norm` and :func:`optaxclip.adaptive_grad_clip`:
+column or filter of weights behind one output. Which axes those are depends on the
+library that laid out the weights, not on their rank. Each function here takes the path
+and the array of a leaf and returns the axes to sum over. Pass it as the ``axis=`` of
+:func:`optaxclip.unit_norm` or :func:`optaxclip.adaptive_grad_clip`:
 
 =====================  ======================================  =======================
 function               layout                                  used by
@@ -17,11 +17,11 @@ function               layout                                  used by
 =====================  ======================================  =======================
 """
 
-from optaxclip._norms.unit_axes import by_rank as by_rank
-from optaxclip._norms.unit_axes import flax as flax
-from optaxclip._norms.unit_axes import output_first as output_first
-from optaxclip._norms.unit_axes import output_last as output_last
-from optaxclip._norms.unit_axes import stacked as stacked
+from optaxclip._norms import by_rank as by_rank
+from optaxclip._norms import flax as flax
+from optaxclip._norms import output_first as output_first
+from optaxclip._norms import output_last as output_last
+from optaxclip._norms import stacked as stacked
 
 __all__ = [
     "by_rank",

@@ -1,7 +1,7 @@
 """The kernel: measure, decide, apply, record.
 
-Every clip of the package is ``clip_by(norm, threshold, apply)``; what one clip has to
-hold, all hold, because it stands here once.
+Every clip of the package is a call of ``clip_by(norm, threshold, apply)``. What is
+guaranteed here once holds for every clip.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Apply = Callable[[jax.Array, jax.Array], Callable[[Leaf], Leaf]]
 
 
 class ClipMetrics(NamedTuple):
-    """What a clip did in its last step: numbers, or dicts by the paths of the norms."""
+    """What a clip did in its last step: arrays, or dicts of arrays by path."""
 
     grad_norm: Norms  # the norm of the updates before clipping
     clip_threshold: Norms  # the bound; the largest finite number where nothing bounds
@@ -60,9 +60,8 @@ class ClipState(NamedTuple):
 
     step_count: jax.Array  # updates so far
     clip_count: jax.Array  # updates in which a finite norm was clipped
-    nonfinite_count: (
-        jax.Array
-    )  # updates with a norm of NaN, infinity, or 1e37 thresholds
+    # updates with a norm that was NaN, infinite, or 1e37 times its threshold
+    nonfinite_count: jax.Array
     rule_state: PyTree  # memory of the threshold rule
     clip_metrics: ClipMetrics  # of the last update
 
@@ -78,11 +77,11 @@ def rescale(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
     so its norm afterwards is at most the threshold to within that rounding.
 
     Args:
-      threshold: Not looked at; there because :func:`clamp` needs it.
+      threshold: Not used; :func:`clamp` needs it.
       scale: A scalar, or an array that broadcasts against the leaves.
 
     Returns:
-      A function from a leaf to the clipped leaf: bit for bit the leaf for scale 1.
+      A function from a leaf to the clipped leaf. For scale 1 it returns the same bits.
     """
     del threshold
     within = _is_one(scale)
@@ -98,13 +97,13 @@ def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
 
     .. math:: g_i \leftarrow \min(\max(g_i, -T), T)
 
-    Meant for the max-norm, of which the scale then is the smallest that any element
-    gets. Complex elements are cut by modulus. An infinite real element becomes
-    :math:`\pm T`, an infinite complex one NaN; NaN stays NaN.
+    Meant for the max-norm: the scale in the metrics is then the smallest by which any
+    element is multiplied. Complex elements are cut by modulus. An infinite real element
+    becomes :math:`\pm T`, an infinite complex one NaN; NaN stays NaN.
 
     Args:
       threshold: A scalar, or an array that broadcasts against the leaves.
-      scale: At 1 no element is beyond the threshold.
+      scale: 1 if no element is beyond the threshold; then the leaf stays as it is.
 
     Returns:
       A function from a leaf to the clipped leaf.
@@ -148,7 +147,7 @@ def clip_by(
         ``params`` are the norms of the parameters. Rules compose:
         ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold.
       apply: :func:`rescale` (the default) or :func:`clamp`.
-      axis_name: Which leaves are shares where types cannot tell, handed to ``norm``,
+      axis_name: Which leaves are shares, if types cannot tell. Passed on to ``norm``,
         see :func:`optaxclip.global_norm`.
 
     Returns:
@@ -162,18 +161,18 @@ def clip_by(
       at most the threshold       the updates, bit for bit
       0, threshold 0              zeros
       above 0, threshold 0        zeros
-      infinite                    as optax has it: zeros, NaN where it was infinite
-      NaN                         NaN in every leaf under this norm, as optax has it
-      of an empty tree            0
+      infinite                    as in optax: zeros, and NaN for infinite elements
+      NaN                         as in optax: NaN in every leaf under this norm
+      of an empty tree            the empty tree; its norm is 0
       ==========================  ==================================================
 
-      A step with a norm that is not finite leaves the memory of the rule as it was.
+      A norm that is not finite leaves the memory of the rule as it was before the step.
       Integer, ``float0`` and PRNG-key leaves, and the fp8 statistics of Flax, pass
       through and are not counted.
 
     Raises:
-      ValueError: ``norm`` is no function; or, at the update, the updates have another
-        tree structure than the parameters given to ``init``.
+      ValueError: ``norm`` is not a function; or, in ``update``, the updates have leaves
+        or shapes that the parameters given to ``init`` did not have.
 
     Example:
       >>> import jax.numpy as jnp

@@ -18,13 +18,13 @@ PyTree = Any
 
 
 class Decision(NamedTuple):
-    """What was measured and what it is held to."""
+    """The norms that were measured and the thresholds that they are held to."""
 
     norms: Norms  # by name, those that `init` saw
     thresholds: Norms  # of their shapes and dtypes; not negative
     finite: jax.Array  # whether all norms are
     rule_state: PyTree  # the rule's new memory; the old one if a norm is not finite
-    place: Callable[[Norms], PyTree]  # what belongs to the norms -> tree of the norm
+    place: Callable[[Norms], PyTree]  # values by name -> tree that the norm made
 
 
 def decide(
@@ -38,9 +38,9 @@ def decide(
 ) -> Decision:
     """Measures gradients (and parameters, if given) and asks the rule for thresholds.
 
-    ``like`` holds norms of the names and dtypes that the state has had from the start.
-    Of these, a norm that is missing now counts as 0, of which no rule learns. The rule
-    sees 0 in place of a norm that is not finite, and forgets that step.
+    ``like`` holds norms with the names and dtypes that the state has since ``init``.
+    A norm that is missing now counts as 0, which no rule remembers. The rule sees 0 in
+    place of a norm that is not finite, and its memory stays as it was before that step.
     """
     check_sizes("rule_state", rule_state, functools.partial(rule.init, like))
     new = named(measure(norm, gradients))
@@ -63,7 +63,7 @@ def decide(
 
 
 def all_of(holds: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
-    """Whether ``holds`` of all elements of trees of one structure."""
+    """Whether ``holds`` is true of all elements, in trees of the same structure."""
     rows = list(zip(*map(jax.tree.leaves, trees), strict=True))
     if not rows:
         return jnp.ones((), bool)
@@ -82,12 +82,12 @@ def all_of(holds: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
 
 
 def count_if(event: jax.Array | bool, counter: jax.Array) -> jax.Array:
-    """The counter, one higher after an event, but never beyond its largest value."""
+    """The counter, plus one if the event happened, up to its largest value."""
     return jnp.where(event, optax.safe_increment(counter), counter)
 
 
 def unbounded_like(norm: jax.Array) -> jax.Array:
-    """What stands for no bound, in the shape and dtype of a norm."""
+    """The number that stands for "no bound", in the shape and dtype of a norm."""
     return jnp.full_like(norm, no_bound(norm.dtype))
 
 
@@ -97,7 +97,7 @@ def stored(threshold: jax.Array) -> jax.Array:
 
 
 def is_unbounded(threshold: jax.Array) -> jax.Array:
-    """Whether a stored threshold stands for no bound."""
+    """Whether a stored threshold stands for "no bound"."""
     return threshold >= no_bound(threshold.dtype)
 
 

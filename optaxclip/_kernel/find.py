@@ -14,7 +14,7 @@ _UNREAD = ("rule_state", "skip_rule_state", "inner_state")  # large, and not sca
 
 
 def named(opt_state: PyTree, kind: type) -> dict[str, Any]:
-    """Every state of a kind, by its prefix."""
+    """Every state of a kind, by the prefix of its metrics."""
     found = list(find(opt_state, kind))
     if len(found) == 1:
         return {"": plain(found[0][1])}
@@ -26,7 +26,7 @@ def named(opt_state: PyTree, kind: type) -> dict[str, Any]:
 def find(
     tree: PyTree, kind: type, at: tuple[Any, ...] = ()
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every state of a kind with the path to it, those inside another one too."""
+    """Every state of a kind and the path to it, including those inside another one."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, kind)
     )

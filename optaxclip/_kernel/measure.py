@@ -1,9 +1,9 @@
 """Measuring gradients once, however many transformations ask.
 
-A skip around a clip, or a recorder around both, measures the very gradients that the
-clip inside will measure, and XLA does not merge the two reads: the clip stands in a
-branch. So the outer one hands over what it found, for as long as the inner one is
-traced, to whoever asks for the same norm of the same arrays.
+A skip around a clip, or a recorder around both, measures the same gradients as the clip
+inside. XLA does not merge the two reads, because the clip is inside a branch. So the
+outer transformation hands its norms over while the inner one is traced: whatever asks
+for the same norm of the same arrays gets them.
 """
 
 import contextlib
@@ -43,13 +43,13 @@ _known: contextvars.ContextVar[tuple[_Known, ...]] = contextvars.ContextVar(
 
 
 def initial(norm: Norm, params: PyTree) -> Norms:
-    """Norms of the names, shapes and dtypes that those of gradients will have."""
+    """Norms of parameters, with the names, shapes and dtypes of gradient norms."""
     with initialising():
         return named(norm(split(params).gradients)).norms
 
 
 def measure(norm: Norm, gradients: PyTree) -> PyTree:
-    """The norms of gradients: those handed over, or else by reading the gradients."""
+    """The norms of gradients: those handed over, if there are any, else measured."""
     for known in _known.get():
         if not _are_same(known.gradients, gradients):
             continue
@@ -65,7 +65,7 @@ def measure(norm: Norm, gradients: PyTree) -> PyTree:
 
 @contextlib.contextmanager
 def handing_over(norm: Norm, gradients: PyTree, norms: PyTree) -> Iterator[None]:
-    """Within it these norms are known."""
+    """Inside it :func:`measure` knows these norms."""
     token = _known.set((_Known(norm, gradients, norms), *_known.get()))
     try:
         with taken_as_whole() if _takes_as_whole(norm) else contextlib.nullcontext():
@@ -80,7 +80,7 @@ def _are_same(tree: PyTree, other: PyTree) -> bool:
 
 
 def _takes_as_whole(norm: Norm) -> bool:
-    """Whether a norm is known to; of a function of the user's own nothing is known."""
+    """Whether a norm surely takes leaves as whole; a user's own function may not."""
     is_partial = isinstance(norm, functools.partial)
     function, given = (norm.func, norm.keywords) if is_partial else (norm, {})
     is_ours = function in (global_norm, leaf_norm, leaf_rms, unit_norm)

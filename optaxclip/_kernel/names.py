@@ -1,8 +1,8 @@
-"""Norms by name: what a norm returns, in plain containers, and back.
+"""Norms by name: from what a norm returns to plain containers, and back.
 
 A norm returns a tree of norms; a state keeps them in a dict by the path of each,
-``layer/0/kernel``, so that it holds no node type of the parameters (which may carry
-shardings that no norm fits) and knows which ones a step left out.
+``layer/0/kernel``. So the state holds no node type of the parameters, which may carry
+shardings that fit no norm, and it is known which norms a step left out.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Norms = jax.Array | dict[str, jax.Array]
 
 
 class Named(NamedTuple):
-    """Norms by name, and a way to put what belongs to them where they were."""
+    """Norms by name, and a way back to the tree that they came from."""
 
     norms: Norms  # one array if it has no path; of shape (0,) if there is none
     place: Callable[[Norms], PyTree]  # any numbers by these names (or more) -> tree
@@ -50,7 +50,7 @@ def by_name(norms: Norms) -> dict[str, jax.Array]:
 
 
 def unique(spellings: list[list[tuple[Any, ...]]]) -> list[str]:
-    """The first spelling of some paths in which no two have the same name."""
+    """Names of paths, by the first spelling in which no two names are the same."""
     for paths in spellings:
         names = [path_name(path) for path in paths]
         if len(set(names)) == len(names):

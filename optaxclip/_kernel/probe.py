@@ -1,4 +1,4 @@
-"""Telling a rule from what else optax makes, before it zeroes every gradient."""
+"""Refusing other transformations in place of a rule: they zero every gradient."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def check_rule(
 ) -> None:
     """Refuses a clip, a skip or an optimizer in place of a rule.
 
-    A rule maps norms to thresholds. An optimizer maps them to updates, which point
-    against them, and are taken for thresholds of 0.
+    A rule maps norms to thresholds. An optimizer maps them to updates, which have the
+    opposite sign, and negative thresholds count as 0.
     """
     state: PyTree = jax.eval_shape(rule.init, norms)
     if any(map(_is_own, jax.tree.leaves(state, is_leaf=_is_own))):

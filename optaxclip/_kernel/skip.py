@@ -280,10 +280,7 @@ class _Guard(NamedTuple):
         with handing_over(
             self.norm, gradients, measured["grad_norm"] if self.watch_loss else measured
         ):
-            inner_state = state.inner_state
-            if None in jax.tree.leaves(updates, is_leaf=lambda x: x is None):
-                inner_state = _without_missing(run, inner_state)
-            result, inner_state = jax.lax.cond(good, run, stay, inner_state)
+            result, inner_state = jax.lax.cond(good, run, stay, state.inner_state)
         in_a_row = jnp.where(good, 0, count_if(~good, state.skipped_in_a_row))
         return result, SkipState(
             skip_count=count_if(~good, state.skip_count),
@@ -328,19 +325,6 @@ def not_made(
         return jax.tree_util.tree_map_with_path(_zeros, updates, like), inner_state
 
     return stay
-
-
-def _without_missing(
-    run: Callable[[PyTree], tuple[PyTree, PyTree]], inner_state: PyTree
-) -> PyTree:
-    """The state less the moments that optax drops where a gradient is ``None``."""
-    _, after = jax.eval_shape(run, inner_state)
-    return jax.tree.map(
-        lambda new, old: None if new is None else old,
-        after,
-        inner_state,
-        is_leaf=lambda x: x is None,
-    )
 
 
 def without_loss(state: SkipState) -> SkipState:

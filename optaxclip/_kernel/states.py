@@ -1,4 +1,4 @@
-"""Checking the state that comes in: whose it is, and of which sizes."""
+"""Checks of the state that an update is given: its type and its sizes."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,9 +13,9 @@ State = TypeVar("State")
 
 
 def own(kind: type[State], state: Any) -> State:
-    """The state of a kind, with JAX arrays where a checkpoint gave those of NumPy.
+    """The state, if it is of this kind, with JAX arrays in place of NumPy's.
 
-    Its ``inner_state`` is left as it is: that is for the inner transformation to check.
+    Its ``inner_state`` is left as it is; the inner transformation checks that.
     """
     if not isinstance(state, kind):
         raise ValueError(

@@ -1,6 +1,5 @@
 """Norms: from a tree of gradients to a tree of norms."""
 
-from optaxclip._norms import unit_axes as unit_axes
 from optaxclip._norms.euclidean import RARE as RARE
 from optaxclip._norms.gradients import accumulator as accumulator
 from optaxclip._norms.gradients import is_gradient as is_gradient
@@ -21,3 +20,9 @@ from optaxclip._norms.tree import global_norm as global_norm
 from optaxclip._norms.tree import leaf_norm as leaf_norm
 from optaxclip._norms.tree import leaf_rms as leaf_rms
 from optaxclip._norms.tree import unit_norm as unit_norm
+from optaxclip._norms.unit_axes import Axis as Axis
+from optaxclip._norms.unit_axes import by_rank as by_rank
+from optaxclip._norms.unit_axes import flax as flax
+from optaxclip._norms.unit_axes import output_first as output_first
+from optaxclip._norms.unit_axes import output_last as output_last
+from optaxclip._norms.unit_axes import stacked as stacked

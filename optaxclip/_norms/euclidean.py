@@ -1,13 +1,13 @@
 """The 2-norm: one read of the gradients, right at the extremes, differentiable.
 
 Squares of float32 overflow above 1.8e19 and vanish below 1e-19. Guarding every sum
-would cost a second read, so the plain sum comes first, and only where it overflowed or
-nearly vanished is it taken again, in a unit (a power of two) that fits. That is a
-conditional: it costs a second set of sums in the program, but XLA for GPU records it in
-one CUDA graph with the rest of a step (on several devices, too, if told to record
-collectives), where a loop makes the host wait, and XLA for TPU keeps the gradients that
-it has fetched. The derivative, g / |g|, is given in closed form, which makes it finite
-at zero.
+would cost a second read, so the plain sum is taken first. Only if it overflowed or
+nearly vanished, a conditional takes the sum again in a unit (a power of two) that fits.
+The conditional adds a second set of sums to the program. But XLA for GPU records it in
+one CUDA graph with the rest of a step (on several devices too, if told to record
+collectives), where a loop would make the host wait, and XLA for TPU keeps the gradients
+that it has fetched. The derivative, g / |g|, is given in closed form, which makes it
+finite at zero.
 """
 
 import functools
@@ -37,7 +37,7 @@ def joint_norm(leaves: Sequence[jax.Array], shares: Sequence[MeshAxes]) -> jax.A
 def separate_norms(
     leaves: Sequence[jax.Array], axes: Sequence[Axes], shares: Sequence[MeshAxes]
 ) -> Arrays:
-    """A scalar for a leaf whose axes are None, else the norms over these axes."""
+    """For each leaf a scalar if its axes are None, else the norms over its axes."""
     return _norms(list(leaves), tuple(axes), tuple(shares)) if leaves else []
 
 
@@ -96,8 +96,8 @@ def _roots(
 ) -> Arrays:
     """The roots of ``sums(leaves, units)``, each in a unit in which it is sound.
 
-    ``counts`` has the number of squares in each sum, on all devices. ``zero_fits``:
-    beside others a sum of 0 is nothing to look into.
+    ``counts`` has the number of squares in each sum, over all devices. ``zero_fits``
+    says that a sum of 0 needs no second look as long as another sum is positive.
     """
     totals = sums(leaves, None)
     roots = [jnp.sqrt(total) for total in totals]
@@ -129,7 +129,7 @@ RARE = "sums_in_other_units"
 
 
 def _any_of(totals: Arrays, seen: Sequence[float]) -> jax.Array:
-    """Whether any sum is off (it overflowed, or lost squares), is 0, is positive."""
+    """Whether any sum is off (overflowed or lost squares), 0, or positive: 3 flags."""
     rows = list(zip(totals, seen, strict=True))
     if all(total.ndim == 0 for total in totals):
         # Asked once of a vector: of many scalars it would be as many kernels.
@@ -178,7 +178,7 @@ def _sums(
 
 
 def _count(leaf: jax.Array, axis: Axes, share: MeshAxes) -> int:
-    """How many elements one norm is of, on all devices."""
+    """The number of elements that one norm measures, over all devices."""
     if axis is None:
         return whole_size(leaf, share)
     return math.prod(leaf.shape[i] for i in axis)

@@ -1,4 +1,4 @@
-"""Which leaves of a tree are gradients, and taking the others out of the way.
+"""Which leaves of a tree are gradients, and how to set the others aside.
 
 Clipping must neither count nor touch leaves that are not gradients: integers,
 booleans, ``float0`` (the gradient of an integer), PRNG keys, and the fp8 statistics
@@ -65,7 +65,7 @@ def split(tree: PyTree) -> Split:
 def unwrapped(tree: PyTree) -> PyTree:
     """The tree with arrays in place of the variables that Flax NNX wraps them in.
 
-    These are nodes with metadata, of which a sharding fits the array and nothing else.
+    A variable is a node with metadata. Its sharding fits the array, and no norm of it.
     """
 
     def is_variable(node: Any) -> bool:

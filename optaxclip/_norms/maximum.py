@@ -1,11 +1,11 @@
 """The max-norm: NaN where there is one, on every device, and differentiable.
 
-Between devices a maximum of floats may lose a NaN (XLA for CPU does), so that one
-device clips and another does not. As integers the bits of numbers that are not negative
-have the order of the numbers, with infinity above all of them and NaN above infinity.
-XLA for CPU writes the integers out before it reduces them, so on a single device floats
-it is. Integers have no derivative, and `lax.pmax` has none, so that of the maximum is
-given: the mean over its places.
+A maximum of floats over several devices may lose a NaN (XLA for CPU does), so that one
+device clips and another does not. So the maximum is taken of the bits: as integers, the
+bits of non-negative floats have the order of the floats, with infinity above every
+number and NaN above infinity. XLA for CPU writes the integers to memory before it
+reduces them, so a single device uses floats. Neither integers nor `lax.pmax` have a
+derivative, so it is given here: the mean over the places of the maximum.
 """
 
 import functools
@@ -21,7 +21,7 @@ ArrayAxes = tuple[int, ...] | None
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def largest(modulus: jax.Array, axis: ArrayAxes, share: MeshAxes) -> jax.Array:
-    """The largest of numbers that are not negative, over ``axis`` or all; 0 of none."""
+    """The largest of non-negative numbers, over ``axis`` or all; 0 if there is none."""
     keepdims = axis is not None
     if jax.device_count() == 1:
         top = jnp.max(modulus, axis=axis, keepdims=keepdims, initial=0)

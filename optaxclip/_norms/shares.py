@@ -1,7 +1,7 @@
-"""Over which mesh axes devices hold different shares of a leaf, and reducing there.
+"""Which mesh axes split a leaf into shares, and reductions over these axes.
 
-Within ``shard_map`` the type of an array says over which axes it varies. Nothing does
-under ``pmap``, ``vmap`` and ``shard_map(check_vma=False)``: ``axis_name`` has to.
+Under ``shard_map`` the type of an array says over which axes it varies. Under ``pmap``,
+``vmap`` and ``shard_map(check_vma=False)`` no type does, and ``axis_name`` has to.
 """
 
 import contextlib
@@ -30,28 +30,28 @@ _as_whole = contextvars.ContextVar("as_whole", default=False)
 
 
 def initialising() -> contextlib.AbstractContextManager[None]:
-    """Within it leaves count as whole: ``init``, of shapes alone, runs outside maps."""
+    """Inside it leaves count as whole: ``init`` needs only shapes, and no map."""
     return _within(_initialising)
 
 
 def warned() -> contextlib.AbstractContextManager[None]:
-    """Within it nobody is warned: the same norm has been asked of other leaves."""
+    """Inside it there is no warning: measuring the gradients has already given it."""
     return _within(_warned)
 
 
 @contextlib.contextmanager
 def taken_as_whole() -> Iterator[None]:
-    """Within a transformation that took all leaves as whole, and warned of it.
+    """Inside it, a transformation has taken all leaves as whole, and has warned of it.
 
-    Shares are a contradiction then: what is inside a skip would wait for devices that
-    skip.
+    Shares are an error there: a norm of shares inside a skip would wait for devices
+    that skip the step.
     """
     with _within(_warned), _within(_as_whole):
         yield
 
 
 def shares_of(call: str, gradients: PyTree, axis_name: AxisName) -> list[MeshAxes]:
-    """For each leaf the axes over which devices hold different shares of it."""
+    """For each leaf, the axes over which devices hold different shares of it."""
     _refuse_unreduced(call, gradients)
     leaves, checked = jax.tree.leaves(gradients), _checked_axes()
     told: list[set[str]] = [set()] * len(leaves)
@@ -77,7 +77,7 @@ def varying_axes(x: jax.Array) -> MeshAxes:
 
 
 def same_on_all_devices(argument: str, value: Any) -> jax.Array:
-    """A scalar as an array, if its type does not say that devices hold other ones."""
+    """A scalar as an array; refuses one whose type says that it varies over devices."""
     if jnp.shape(value):
         raise ValueError(
             f"`update({argument}=...)` must be a scalar, got the shape "
@@ -120,7 +120,7 @@ def reduce_total(
 
 
 def _checked_axes() -> set[str]:
-    """The manual mesh axes over which types tell what varies."""
+    """The manual mesh axes for which the type of an array says if it varies."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
     return {axis for axis in axes if varying_axes(lax.axis_index(axis))}
 
@@ -138,7 +138,7 @@ def _warn_of(blind: set[str]) -> None:
 
 
 def _depth_of_caller() -> int:
-    """The ``stacklevel`` of whoever called the optimizer: there a warning belongs."""
+    """The ``stacklevel`` of the code that called the optimizer, to warn there."""
     depth, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_back is not None:
         depth, frame = depth + 1, frame.f_back

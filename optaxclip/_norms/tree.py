@@ -1,7 +1,7 @@
 """Norms: functions from a tree of gradients to a prefix tree of norms.
 
 All of them accumulate in float32 whatever the dtype of a leaf (float64 for float64
-leaves), count complex numbers by modulus, and ignore leaves that are no gradients.
+leaves), count complex numbers by modulus, and ignore leaves that are not gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip._norms import euclidean, unit_axes
+from optaxclip._norms import euclidean
 from optaxclip._norms.gradients import accumulator, split, widen
 from optaxclip._norms.maximum import largest
 from optaxclip._norms.shares import (
@@ -26,6 +26,7 @@ from optaxclip._norms.shares import (
     shares_of,
     whole_size,
 )
+from optaxclip._norms.unit_axes import Axis, resolve
 
 PyTree = Any
 Ord = int | float
@@ -38,23 +39,25 @@ def global_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> ja
               \|g\|_1 = \sum_i |g_i|, \quad \|g\|_\infty = \max_i |g_i|
 
     Args:
-      tree: Any pytree of arrays. Leaves that are no gradients are not counted.
+      tree: Any pytree of arrays. Leaves that are not gradients are not counted.
       ord: 2, 1 or ``inf``.
-      axis_name: Which leaves are shares, where types cannot tell: under ``pmap``,
-        ``vmap`` and ``shard_map(check_vma=False)``. The axis over which leaves are
-        split, a tuple of axes, or a prefix tree of these for single leaves, with None
-        for whole ones. ``()``: all are whole, the same on every device. None, the
-        default, takes them as whole too, and warns where that may be wrong.
+      axis_name: Which leaves are split into shares, for ``pmap``, ``vmap`` and
+        ``shard_map(check_vma=False)``, where types cannot tell: the axis over which
+        leaves are split, a tuple of axes, or a prefix tree of these, with None for
+        leaves that are whole. ``()`` says that all leaves are whole and the same on
+        every device. None, the default, takes all leaves as whole too, and warns where
+        that may be wrong.
 
     Returns:
       A float32 scalar (float64 if any leaf is float64). An empty tree has norm 0.
       The 2-norm is right from the smallest to the largest normal float32: where a
       square overflows or vanishes, the sum is taken again in a larger or smaller
-      unit. Its derivative at zero is zero. Of shares it is the norm of the whole.
+      unit. Its derivative at zero is zero. If leaves are shares, it is the norm of the
+      whole leaves.
 
     Raises:
-      ValueError: ``ord`` is none of 2, 1, ``inf``; ``axis_name`` does not fit the tree
-        or names an axis that is not there; a leaf is unreduced.
+      ValueError: ``ord`` is not 2, 1 or ``inf``; ``axis_name`` does not fit the tree
+        or names an axis that does not exist; or a leaf is unreduced.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,9 +93,9 @@ def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTr
 
     Returns:
       A tree of float32 scalars (float64 for float64 leaves), with an
-      ``optax.MaskedNode`` in place of each leaf that is no gradient. A leaf without
-      elements has norm 0. One all of whose elements are below 1e-19, so that their
-      squares vanish, counts as 0, unless the squares of all leaves vanish.
+      ``optax.MaskedNode`` in place of each leaf that is not a gradient. A leaf without
+      elements has norm 0. So has a leaf whose elements are all below 1e-19, because
+      their squares vanish, unless the squares of all leaves vanish.
 
     Raises:
       ValueError: as :func:`global_norm` does.
@@ -113,7 +116,7 @@ def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTr
 
 def unit_norm(
     tree: PyTree,
-    axis: unit_axes.Axis = None,
+    axis: Axis = None,
     ord: Ord = 2,
     *,
     axis_name: AxisName = None,
@@ -125,7 +128,7 @@ def unit_norm(
       axis: The axes to sum over. ``None`` chooses by rank, see
         :func:`optaxclip.unit_axes.by_rank`; an int or a tuple of ints holds for every
         leaf; a function ``(path, leaf) -> axes`` (see :mod:`optaxclip.unit_axes`) or
-        a prefix tree of any of these says it leaf by leaf.
+        a prefix tree of any of these sets it leaf by leaf.
       ord: 2, 1 or ``inf``, see :func:`global_norm`.
       axis_name: As in :func:`global_norm`; leaves must be whole, so ``()`` or None.
 
@@ -135,8 +138,8 @@ def unit_norm(
 
     Raises:
       ValueError: as :func:`global_norm` does; a leaf lacks one of the axes; ``axis``
-        is None and a leaf has more than 5 axes; or a leaf is a share of one within
-        ``shard_map`` or ``pmap`` (under ``jit`` leaves may be sharded as they please).
+        is None and a leaf has more than 5 axes; or a leaf is only a share, under
+        ``shard_map`` or ``pmap`` (under ``jit`` leaves may have any sharding).
 
     Example:
       >>> import jax.numpy as jnp
@@ -154,7 +157,7 @@ def unit_norm(
             f"mesh axes {sorted({axis for axes in shares for axis in axes})}: nothing "
             "says which units they belong to. Measure units under `jit` instead."
         )
-    return _separate(gradients, unit_axes.resolve(axis, gradients), shares, ord)
+    return _separate(gradients, resolve(axis, gradients), shares, ord)
 
 
 def leaf_rms(tree: PyTree, *, axis_name: AxisName = None) -> PyTree:
@@ -165,8 +168,8 @@ def leaf_rms(tree: PyTree, *, axis_name: AxisName = None) -> PyTree:
       axis_name: As in :func:`global_norm`.
 
     Returns:
-      As :func:`leaf_norm`. A leaf without elements has a root mean square of 0, and
-      one whose norm is beyond float32 an infinite one.
+      As :func:`leaf_norm`. The root mean square of a leaf without elements is 0. It is
+      infinite if the norm of the leaf does not fit float32.
 
     Raises:
       ValueError: as :func:`global_norm` does.
@@ -195,7 +198,7 @@ def _sequential_sum(values: list[jax.Array]) -> jax.Array:
 
 
 def along(norm: Any, axis_name: AxisName) -> Any:
-    """The norm with ``axis_name`` given; itself where none is."""
+    """The norm with ``axis_name`` bound to it, or the norm itself if that is None."""
     return norm if axis_name is None else functools.partial(norm, axis_name=axis_name)
 
 
@@ -210,7 +213,7 @@ def _separate(
     shares: Sequence[MeshAxes],
     ord: Ord,
 ) -> PyTree:
-    """One norm a leaf (axes None) or a unit (the axes to sum over)."""
+    """One norm for each leaf (axes None) or unit (the axes to sum over)."""
     leaves, treedef = jax.tree.flatten(gradients)
     if ord == 2:
         return treedef.unflatten(euclidean.separate_norms(leaves, axes, shares))

@@ -36,12 +36,12 @@ def by_rank(path: Path, leaf: Leaf) -> Axes:
 
 
 def output_last(path: Path, leaf: Leaf) -> Axes:
-    """All axes but the last: dense, convolutions of any rank, attention outputs."""
+    """All axes but the last: for dense layers, convolutions and attention outputs."""
     return tuple(range(leaf.ndim if leaf.ndim <= 1 else leaf.ndim - 1))
 
 
 def output_first(path: Path, leaf: Leaf) -> Axes:
-    """All axes but the first: the weights of Equinox and PyTorch."""
+    """All axes but the first: for the weights of Equinox and PyTorch."""
     return tuple(range(0 if leaf.ndim <= 1 else 1, leaf.ndim))
 
 
@@ -49,7 +49,7 @@ def flax(path: Path, leaf: Leaf) -> Axes:
     """Kernels as Flax lays them out, told apart by the names of their layers.
 
     The kernels of ``query``, ``key`` and ``value`` are (inputs, heads, features), with
-    one unit a head and feature; all others have their outputs last.
+    one unit for each head and feature. All other kernels have their outputs last.
     """
     names = path_name(path).removesuffix("/value").split("/")
     if leaf.ndim == 3 and names[-2:-1] in (["query"], ["key"], ["value"]):

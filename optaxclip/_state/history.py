@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,20 +12,15 @@ import optax
 
 from optaxclip import _checks
 from optaxclip._kernel import (
-    ClipState,
     Norms,
-    SkipState,
     check_sizes,
     count_if,
-    find,
     handing_over,
     initial,
     matching,
     measure,
     named,
     own,
-    unbounded_like,
-    without_loss,
 )
 from optaxclip._norms import (
     AxisName,
@@ -36,18 +30,17 @@ from optaxclip._norms import (
     split,
 )
 from optaxclip._show import chosen, default, shown
-from optaxclip._state.metrics import of_clip, of_skip
-from optaxclip._transforms import LossScaleState
+from optaxclip._state.row import Row, row_between
 
 PyTree = Any
 
 
 class History(NamedTuple):
-    """Ring buffers of ``length`` steps: what was done in step s is at s % length."""
+    """Ring buffers of ``length`` steps. Step s is at index s % length."""
 
     history_norm: jax.Array  # before clipping; NaN or infinite on a bad step
     history_threshold: jax.Array  # the largest finite number where nothing bounds
-    history_scale: jax.Array  # what the step was multiplied by; 0 of a skipped step
+    history_scale: jax.Array  # what the step was multiplied by; 0 if skipped
     history_loss: jax.Array  # as passed to `update(..., loss=)`, else 0
     history_has_loss: jax.Array  # int8, 0 or 1, as the next two
     history_clipped: jax.Array
@@ -138,7 +131,7 @@ def record_history(
     def init(params: PyTree) -> HistoryState:
         inner_state = inner.init(params)
         norms = initial(per_leaf, params) if leaf_norms else ()
-        entries = _entries(_row(inner_state, inner_state, clip), None, norms)
+        entries = _entries(row_between(inner_state, inner_state, clip), None, norms)
         history = _buffers(entries, length)
         return HistoryState(jnp.zeros((), jnp.int32), history, inner_state)
 
@@ -153,7 +146,7 @@ def record_history(
             updates, inner_state = inner.update(
                 updates, state.inner_state, params, **extra_args
             )
-        row = _row(state.inner_state, inner_state, clip)
+        row = row_between(state.inner_state, inner_state, clip)
         loss = extra_args.get("loss")
         loss = None if loss is None else same_on_all_devices("loss", loss)
         if leaf_norms:
@@ -169,99 +162,8 @@ def record_history(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Row(NamedTuple):
-    """A step as the states tell it: scalars."""
-
-    is_step: jax.Array  # whether there is anything to record
-    norm: jax.Array
-    threshold: jax.Array
-    scale: jax.Array
-    clipped: jax.Array
-    skipped: jax.Array
-
-
-def _row(before: PyTree, after: PyTree, clip: str | None) -> _Row:
-    """What was done between two states of the inner transformation."""
-    row, skips = _clip_row(before, after, clip), list(_skip_rows(before, after))
-    overflows = list(_overflow_rows(before, after))
-    if row is None and not skips:
-        raise ValueError(
-            "`record_history(inner=...)` must hold a clip or a skip of optaxclip, got "
-            f"{find.kinds(after)}."
-        )
-    if row is None:  # then the skip's norm is all there is
-        is_step, no = jnp.ones((), bool), jnp.zeros((), bool)
-        row = skips[0]._replace(is_step=is_step, scale=jnp.float32(1), skipped=no)
-    for skip in skips + overflows:
-        row = jax.tree.map(functools.partial(_select, skip.skipped), skip, row)
-    return row
-
-
-def _select(which: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
-    return jnp.where(which, yes.astype(no.dtype), no)
-
-
-def _clip_row(before: PyTree, after: PyTree, clip: str | None) -> _Row | None:
-    states = find.named(after, ClipState)
-    if len(states) < 2:
-        if clip is not None:
-            raise ValueError(
-                "`record_history(clip=...)` must be None where `inner` holds "
-                f"{'one clip' if states else 'no clip'}, got {clip!r}."
-            )
-        names = list(states)
-    else:
-        names = [name for name in states if name == f"{clip}/"]
-        if not names:
-            raise ValueError(
-                "`record_history(clip=...)` must be one of "
-                f"{[name.removesuffix('/') for name in states]}, got {clip!r}."
-            )
-    if not names:
-        return None
-    old, new = find.named(before, ClipState)[names[0]], states[names[0]]
-    worst = of_clip(new, per_leaf=False)
-    return _Row(
-        is_step=new.step_count != old.step_count,
-        norm=worst["grad_norm"],
-        threshold=worst["clip_threshold"],
-        scale=worst["clip_scale"],
-        clipped=new.clip_count != old.clip_count,
-        skipped=jnp.zeros((), bool),
-    )
-
-
-def _skip_rows(before: PyTree, after: PyTree) -> Iterator[_Row]:
-    earlier = find.named(before, SkipState)
-    for name, new in find.named(after, SkipState).items():
-        worst = of_skip(without_loss(new))
-        skipped = new.skip_count != earlier[name].skip_count
-        yield _Row(
-            is_step=skipped,
-            norm=worst["skip_norm"],
-            threshold=worst["skip_threshold"],
-            scale=jnp.float32(0),
-            clipped=jnp.zeros((), bool),
-            skipped=skipped,
-        )
-
-
-def _overflow_rows(before: PyTree, after: PyTree) -> Iterator[_Row]:
-    earlier = find.named(before, LossScaleState)
-    for name, new in find.named(after, LossScaleState).items():
-        skipped = new.overflow_count != earlier[name].overflow_count
-        yield _Row(
-            is_step=skipped,
-            norm=jnp.float32(jnp.inf),
-            threshold=unbounded_like(jnp.float32(0)),
-            scale=jnp.float32(0),
-            clipped=jnp.zeros((), bool),
-            skipped=skipped,
-        )
-
-
 def _entries(
-    row: _Row, loss: jax.Array | None, leaf_norms: Norms | tuple[()]
+    row: Row, loss: jax.Array | None, leaf_norms: Norms | tuple[()]
 ) -> History:
     dtype = row.norm.dtype
     return History(

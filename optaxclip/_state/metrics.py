@@ -15,6 +15,7 @@ from optaxclip._kernel import (
     find,
     is_unbounded,
     unbounded_like,
+    unique,
 )
 from optaxclip._norms import largest
 from optaxclip._thresholds import no_bound
@@ -30,9 +31,9 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       opt_state: Any pytree that holds clips, skips or a loss scale: the state of
         ``optax.chain``, ``named_chain``, ``masked``, ``partition``, ``MultiSteps`` or
         ``inject_hyperparams``, a Flax ``TrainState``, or an ``nnx.Optimizer``.
-      per_leaf: Adds the first four keys below once more for every leaf of a clip
-        that has several norms, as ``grad_norm/<path>`` and so on: of the leaf, or of
-        that unit of it which exceeds its threshold most.
+      per_leaf: Adds the first four keys below for every leaf of a clip that has several
+        norms, as ``grad_norm/<path>`` and so on. A leaf with several units is reported
+        by the unit that exceeds its threshold most.
 
     Returns:
       A dict of float32 and int32 scalars (float64 where a clip works in it), on
@@ -40,8 +41,8 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
 
       =========================  ====================================================
       ``grad_norm``              the norm before clipping
-      ``clipped_grad_norm``      the norm after clipping: min(norm, threshold), and
-                                 of no meaning where the norm is not finite
+      ``clipped_grad_norm``      the norm after clipping: min(norm, threshold);
+                                 meaningless if the norm is not finite
       ``clip_threshold``         the threshold it was held to
       ``clip_scale``             what the update was multiplied by, in [0, 1]
       ``clipped_norm_fraction``  the share of norms above their threshold, in [0, 1]
@@ -57,37 +58,37 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       ``skip_norm``              the norm that decided
       ``skip_threshold``         the threshold it was held to
       ``skip_count``             steps skipped since the start
-      ``skipped_in_a_row``       steps skipped since the last that was not
-      ``skip_nonfinite_count``   of the skipped, those with a norm not finite
+      ``skipped_in_a_row``       steps skipped since the last step that was made
+      ``skip_nonfinite_count``   steps skipped because a norm was not finite
       =========================  ====================================================
 
       And :func:`optaxclip.dynamic_loss_scale` two:
 
       =========================  ====================================================
-      ``loss_scale``             what the next loss is to be multiplied by
+      ``loss_scale``             what to multiply the next loss by
       ``overflow_count``         steps skipped because a gradient overflowed
       =========================  ====================================================
 
-      A clip inside either is not run on a skipped step, so that it tells of the last
-      step that was made.
+      A clip inside a skip or a loss scale does not run in a skipped step, so its values
+      are those of the last step that was made.
 
-      Counters tell of all updates, other values of the last. A clip with several norms
-      (of leaves, of units) reports the one that exceeds its threshold most, so that
+      Counters cover all updates, other values only the last one. A clip with several
+      norms (of leaves, of units) reports the one that exceeds its threshold most, so
       ``clip_scale`` is the smallest scale. Before the first update the norm is 0, the
       threshold infinite and the scale 1.
 
-      *Names.* A single clip has no prefix. With several, each key is prefixed by
-      where its clip stands: the keys of ``named_chain`` and ``partition`` and the
-      positions in ``chain``, from the outside in, joined by ``/``:
-      ``before/grad_norm``, ``0/grad_norm``, ``1/0/grad_norm``; clips, skips and
-      loss scales are counted apart. Wrappers add nothing, unless two clips would share
-      a name; then every attribute on the way is named.
+      *Names.* A single clip has no prefix. With several, the prefix of a key says where
+      its clip is: the keys of ``named_chain`` and ``partition`` and the positions in
+      ``chain``, from the outside in, joined by ``/``: ``before/grad_norm``,
+      ``0/grad_norm``, ``1/0/grad_norm``. Clips, skips and loss scales are counted
+      separately. Wrappers add nothing to a prefix, unless two clips would have the same
+      one; then it names every attribute on the path.
 
       *Stacked states.* In a state stacked by ``vmap`` or ``pmap`` every value has the
       leading axes of the stack.
 
     Raises:
-      ValueError: the state holds none of them.
+      ValueError: the state holds no clip, skip or loss scale.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,7 +125,7 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
 
 
 def _shown(name: str, value: jax.Array) -> jax.Array:
-    """A metric as users read it: no bound is infinite, if JAX does not object."""
+    """A metric as users read it: infinity for "no bound", unless JAX debugs it."""
     is_threshold = name.startswith(("clip_threshold", "skip_threshold"))
     debugging = jax.config.jax_debug_infs  # type: ignore[attr-defined]  # made late
     if not is_threshold or debugging:
@@ -168,7 +169,7 @@ def _of_loss_scale(state: LossScaleState) -> dict[str, jax.Array]:
 
 
 def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
-    """What a clip did, by its worst norm, and if asked by leaf."""
+    """What a clip did, by its worst norm and, if asked, by leaf."""
     norms, thresholds, _ = state.clip_metrics
     paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(norms)
     paths = [path for path, _ in paths_and_norms]
@@ -189,7 +190,7 @@ def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
         "clip_fraction": state.clip_count / jnp.maximum(state.step_count, 1),
     }
     if per_leaf and any(paths):  # a norm without a path is the only one
-        for name, row in zip(find.unique([paths]), worst, strict=True):
+        for name, row in zip(unique([paths]), worst, strict=True):
             report |= _values(row, f"/{name}")
     return report
 
@@ -202,10 +203,10 @@ class _Row(NamedTuple):
 
 
 def _worst(row: _Row) -> _Row:
-    """The norm that exceeds its threshold most; where none has one, the largest.
+    """The norm that exceeds its threshold most, or the largest if nothing bounds.
 
-    Found by maxima alone, which, unlike indexing, work on sharded norms; by such as
-    keep NaN on the way between devices.
+    It is found by maxima alone: they work on sharded norms, which indexing does not.
+    The maxima are those that keep a NaN on its way between devices.
     """
     norm, threshold = row
     if not norm.size:

@@ -1,4 +1,4 @@
-"""Carrying the state of an optimizer over to one with other clips."""
+"""Moving the state of an optimizer into one with other clips."""
 
 from __future__ import annotations
 
@@ -34,42 +34,43 @@ _INSIDE = jax.tree_util.GetAttrKey("inner_state")
 def migrate_state(
     old_state: PyTree, tx: optax.GradientTransformation, params: PyTree
 ) -> PyTree:
-    """Takes an optimizer's state over into one that clips or skips otherwise.
+    """Moves an optimizer's state into one that has other clips or skips.
 
-    For a checkpoint made with optax's clips or with none, with another window or
-    another clip, with or without a skip: the optimizer's moments, counts and schedules
-    go on, and so do the clips and skips that stayed the same; what is new starts fresh.
+    Use it for a checkpoint made with optax's clips or with none, with another window or
+    another clip, with or without a skip, or with version 0.1.0. The optimizer keeps its
+    moments, counts and schedules. Clips and skips that stayed the same keep their
+    state. Whatever is new starts fresh.
 
-    Leaves are paired by the names on their paths. Positions in sequences are no names,
-    nor are keys made of digits, and skips and clips do not count, so that a clip may be
-    put in front; leaves of one name are paired in their order. Two of one name and
-    shape that changed places can't be told apart: use ``optax.named_chain`` where that
-    may happen, and no digits for parameters that come and go.
+    Leaves are paired by the names on their paths. Positions in sequences and keys made
+    of digits are not names, and clips and skips are ignored, so a clip may be put in
+    front. Leaves with the same name are paired in their order. Two leaves with the same
+    name and shape that traded places cannot be told apart: if that may happen, use
+    ``optax.named_chain``, and do not name parameters that come and go by digits.
 
     Args:
-      old_state: The old optimizer's state, as it was or as nested dicts and lists, into
-        which Orbax (without a target) and ``flax.serialization`` turn it.
-      tx: The new optimizer: the old one but for the clips and skips in it.
+      old_state: The old optimizer's state, as it was or as the nested dicts and lists
+        that Orbax (without a target) and ``flax.serialization`` turn it into.
+      tx: The new optimizer. Only its clips and skips may differ from the old one's.
       params: The parameters, as for ``tx.init``.
 
     Returns:
-      ``tx.init(params)``, its structure, dtypes, shardings and all, with these values:
+      A state with the structure, dtypes and shardings of ``tx.init(params)``, and these
+      values:
 
       ==============================  ==============================================
       leaf                            value
       ==============================  ==============================================
-      of the optimizer                that of ``old_state``
-      of a clip or skip               that of ``old_state`` if all leaves of this clip
-                                      or skip have their shape and dtype, else fresh
-      of several clips that look      those of ``old_state`` if there are as many,
-      the same                        else all fresh
+      of the optimizer                from ``old_state``
+      of a clip or skip               from ``old_state`` if all leaves of this clip
+                                      or skip kept shape and dtype, else fresh
+      of several clips that look      from ``old_state`` if there are as many, else
+      the same                        all fresh
       ==============================  ==============================================
 
     Raises:
-      ValueError: ``old_state`` holds leaves of an optimizer that the new state does not
-        hold, or lacks some, or has them in another shape or dtype. Where a wrapper was
-        taken off, give what it held: ``old_state.inner_state`` for the state of
-        ``optax.apply_if_finite``.
+      ValueError: the optimizer's leaves in ``old_state`` and in the new state are not
+        the same ones, or differ in shape or dtype. If a wrapper was removed, pass the
+        state that it held: ``old_state.inner_state`` for ``optax.apply_if_finite``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,8 +1,6 @@
 """The named transformations: each a norm, a rule and a way to apply it."""
 
 from optaxclip._transforms.adaptive import adagc as adagc
-from optaxclip._transforms.adaptive import autoclip as autoclip
-from optaxclip._transforms.adaptive import clip_by_percentile as clip_by_percentile
 from optaxclip._transforms.adaptive import zclip as zclip
 from optaxclip._transforms.fixed import adaptive_grad_clip as adaptive_grad_clip
 from optaxclip._transforms.fixed import clip_by_block_rms as clip_by_block_rms
@@ -12,5 +10,7 @@ from optaxclip._transforms.fixed import clip_by_value as clip_by_value
 from optaxclip._transforms.loss_scale import LossScaleState as LossScaleState
 from optaxclip._transforms.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from optaxclip._transforms.loss_scale import loss_scale as loss_scale
+from optaxclip._transforms.percentile import autoclip as autoclip
+from optaxclip._transforms.percentile import clip_by_percentile as clip_by_percentile
 from optaxclip._transforms.skips import skip_nonfinite as skip_nonfinite
 from optaxclip._transforms.skips import skip_spikes as skip_spikes

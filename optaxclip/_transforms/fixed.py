@@ -1,4 +1,4 @@
-"""The named clips: one to three lines each, and what the literature says of them."""
+"""Clips with a fixed threshold: one to three lines of code each."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import jax
 import optax
 
 from optaxclip import _checks
-from optaxclip._kernel import (
-    clamp,
-    clip_by,
-)
+from optaxclip._kernel import clamp, clip_by
 from optaxclip._norms import (
+    Axis,
     AxisName,
     global_norm,
     leaf_norm,
     leaf_rms,
-    unit_axes,
     unit_norm,
 )
 from optaxclip._thresholds import Threshold, constant, relative
@@ -40,7 +37,7 @@ def clip_by_value(
     Args:
       max_value: The value :math:`v \ge 0`: a number, an array of shape () or a
         schedule ``step -> number``.
-      max_delta: The same, by the name that ``optax.clip`` has for it.
+      max_delta: ``max_value`` by the name that ``optax.clip`` has for it.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
@@ -80,7 +77,7 @@ def clip_by_global_norm(
 
     .. math:: g \leftarrow g \cdot \min(1, c / \|g\|_2)
 
-    As ``optax.clip_by_global_norm``, with the norm taken in float32. With
+    The same as ``optax.clip_by_global_norm``, but with the norm in float32. With
     ``max_norm=inf`` it changes nothing and only measures.
 
     Args:
@@ -120,7 +117,7 @@ def clip_by_leaf_norm(
     .. math:: g_l \leftarrow g_l \cdot \min(1, c / \|g_l\|_2)
               \quad\text{for every leaf } l
 
-    The direction of each leaf is kept, that of the whole update is not.
+    It keeps the direction of each leaf, but not the direction of the whole update.
 
     Args:
       max_norm: The largest norm :math:`c \ge 0` of a leaf: a number, an array of shape
@@ -128,9 +125,9 @@ def clip_by_leaf_norm(
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
-      A transformation with :class:`optaxclip.ClipState`, whose metrics hold one norm a
-      leaf; dtypes are kept. Leaves are treated as :func:`optaxclip.clip_by` says, each
-      by its own norm.
+      A transformation with :class:`optaxclip.ClipState`, whose metrics hold one norm
+      for each leaf; dtypes are kept. Each leaf is treated by its own norm as
+      :func:`optaxclip.clip_by` says.
 
     Raises:
       ValueError: ``max_norm`` is a concrete negative number or NaN.
@@ -156,8 +153,8 @@ def clip_by_block_rms(
     .. math:: g_l \leftarrow g_l / \max(1, \mathrm{RMS}(g_l) / d), \quad
               \mathrm{RMS}(g_l) = \|g_l\|_2 / \sqrt{size_l}
 
-    As ``optax.clip_by_block_rms``. Placed after a preconditioner, with ``threshold=1``,
-    it is the update clipping of Adafactor.
+    The same as ``optax.clip_by_block_rms``. After a preconditioner, with
+    ``threshold=1``, it is the update clipping of Adafactor.
 
     Args:
       threshold: The largest root mean square :math:`d \ge 0` of a leaf: a number, an
@@ -166,7 +163,7 @@ def clip_by_block_rms(
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`, whose metrics hold one root
-      mean square a leaf; dtypes are kept.
+      mean square for each leaf; dtypes are kept.
 
     Raises:
       ValueError: ``threshold`` is a concrete negative number or NaN.
@@ -191,7 +188,7 @@ def clip_by_block_rms(
 def adaptive_grad_clip(
     clipping: Threshold,
     eps: jax.typing.ArrayLike = 1e-3,
-    axis: unit_axes.Axis = None,
+    axis: Axis = None,
     *,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -201,28 +198,28 @@ def adaptive_grad_clip(
               \frac{\lambda \max(\|w_u\|_2, \epsilon)}{\|g_u\|_2}\right)
               \quad\text{for every unit } u
 
-    As ``optax.adaptive_grad_clip``, for any rank. The authors exempt the last dense
-    layer; wrap the clip in ``optax.masked`` to do so.
+    The same as ``optax.adaptive_grad_clip``, but for any rank. The authors exempt the
+    last dense layer; wrap the clip in ``optax.masked`` to do so.
 
     Args:
       clipping: The ratio :math:`\lambda \ge 0`: a number, an array of shape () or a
         schedule ``step -> number``. The authors use 0.01 to 0.16, less for larger
         batches.
-      eps: The least norm :math:`\epsilon \ge 0` that weights count with, so that those
-        which start at zero can leave it.
+      eps: The least norm :math:`\epsilon \ge 0` that weights are taken to have, so that
+        weights that start at zero can grow.
       axis: The axes that make up a unit, see :func:`optaxclip.unit_norm`. The default
-        goes by rank, as optax does. Say it for Equinox and PyTorch layouts, 1-D
+        goes by rank, as in optax. Set it for Equinox and PyTorch layouts, 1-D
         convolutions, attention and stacked layers: :mod:`optaxclip.unit_axes` has a
         function for each. ``optax.inject_hyperparams`` needs it in its ``static_args``.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
-      A transformation with :class:`optaxclip.ClipState`, whose metrics hold one norm a
-      unit; dtypes are kept. Its ``update`` needs ``params``.
+      A transformation with :class:`optaxclip.ClipState`, whose metrics hold one norm
+      for each unit; dtypes are kept. Its ``update`` needs ``params``.
 
     Raises:
       ValueError: ``clipping`` or ``eps`` is a concrete negative number or NaN; a leaf
-        lacks an axis, or has more than 5 and ``axis`` is None; or, at the update,
+        lacks an axis, or has more than 5 axes and ``axis`` is None; or, in ``update``,
         ``params`` is missing.
 
     Example:

@@ -1,9 +1,9 @@
 """Dynamic loss scaling: gradients in 16 bits that neither vanish nor overflow for long.
 
-The smallest float16 is 6e-8, and most gradients of a deep network are smaller. Those of
-a loss times 2**15 are not. Whoever multiplies has to divide, in float32 and before
-anything looks at a gradient, and has to drop the steps that overflow: all three in one
-place, around the optimizer, which sees true gradients and never a bad one.
+The smallest float16 is 6e-8, and most gradients of a deep network are smaller. With a
+loss that is multiplied by 2**15 they are not. They have to be divided again, in float32
+and before anything looks at them, and steps that overflow have to be dropped. Both are
+done here, around the optimizer, which sees true gradients and never a bad one.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def loss_scale(opt_state: PyTree) -> jax.Array:
         of a chain, a Flax ``TrainState``, an ``nnx.Optimizer``.
 
     Returns:
-      A float32 scalar, on device. Cast the loss to float32 before the product: above
+      A float32 scalar, on device. Cast the loss to float32 before you multiply: above
       65,504 the scale itself does not fit float16.
 
     Raises:

@@ -15,12 +15,12 @@ from optaxclip._thresholds import Number, window_zscore
 def skip_nonfinite(
     inner: optax.GradientTransformation, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips steps with a NaN or an infinity in the gradients: one bad batch is no harm.
+    """Skips steps with a NaN or infinity in the gradients: a bad batch does no harm.
 
-    ``skip_by(inner, global_norm, inf)``. Unlike ``optax.apply_if_finite`` it never
-    gives up and lets a NaN through, and looks at the gradients, not at the updates. Put
-    it around everything, ``optax.MultiSteps`` included, whose accumulator a NaN would
-    never leave again.
+    ``skip_by(inner, global_norm, inf)``. Unlike ``optax.apply_if_finite``, it checks
+    the gradients and not the updates, and never lets a NaN through, however many there
+    are in a row. Put it around everything, including ``optax.MultiSteps``: a NaN never
+    leaves the accumulator that it enters.
 
     Args:
       inner: The optimizer to guard.
@@ -54,12 +54,12 @@ def skip_spikes(
     watch_loss: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips steps whose norm, and if asked whose loss, is far above the last ones.
+    """Skips steps whose norm (or loss, if asked) is far above the recent ones.
 
-    ``skip_by(inner, global_norm, window_zscore(...))``: mean plus so many standard
-    deviations, as OLMo trains with. A streak of skips raises the threshold, so that
-    training goes on at a new level; steps that are not finite are always skipped and
-    never remembered. For another rule use :func:`optaxclip.skip_by`.
+    ``skip_by(inner, global_norm, window_zscore(...))``: the threshold is the mean plus
+    ``z_threshold`` standard deviations, as in the training of OLMo. A streak of skips
+    raises it, so that training continues at a new level. Steps that are not finite are
+    always skipped and never remembered. For another rule use :func:`optaxclip.skip_by`.
 
     Args:
       inner: The optimizer to guard.

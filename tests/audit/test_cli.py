@@ -638,19 +638,6 @@ def test_a_full_disk_is_said(run_log):
     assert (result.returncode, result.stderr) == (1, expected)
 
 
-def test_what_is_imported_when():
-    program = """
-import sys
-import optaxclip
-assert "matplotlib" not in sys.modules
-assert not any(name.startswith("optaxclip.audit") for name in sys.modules)
-import optaxclip.audit._cli
-assert "matplotlib" not in sys.modules
-"""
-    result = python("-c", program, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
 def test_the_entry_point():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, name = project["scripts"]["optaxclip"].partition(":")

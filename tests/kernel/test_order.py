@@ -241,7 +241,7 @@ def specs_of(tx, state, params):
     """Moments lie where their parameters lie, everything else on every device."""
     return optax.tree_map_params(
         tx,
-        lambda x, param: P("data") if x.shape == param.shape else P(),
+        lambda x, param: P("data"),
         state,
         params,
         transform_non_params=lambda _: P(),
