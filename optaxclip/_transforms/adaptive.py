@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip import _checks
@@ -235,7 +236,8 @@ def adagc(
               \lambda \gamma_l)
 
     Before that, for ``warmup`` steps, the whole gradient is clipped to a global norm
-    and :math:`\gamma_l` is the least norm of the leaf so far.
+    and :math:`\gamma_l` is the least norm of the leaf so far. The AdaGC of
+    pytorch_optimizer warms up for one step less: 99 where this one takes 100.
 
     Two limits of the published form. The cap lasts ``warmup`` steps, but each leaf
     waits for as many norms above 0: one that unfreezes later has no threshold for its
@@ -322,7 +324,7 @@ def _fraction(percentile: float) -> float:
         lambda x: not x.ndim and 0 <= x <= 100,
         "in [0, 100]",
     )
-    if isinstance(percentile, float) and 0 < percentile < 1:
+    if isinstance(percentile, float | np.floating) and 0 < percentile < 1:
         warnings.warn(
             f"`{call}(percentile={percentile})` is the {percentile}th percentile of "
             "the norms and clips nearly every step. "

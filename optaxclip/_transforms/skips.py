@@ -59,7 +59,9 @@ def skip_spikes(
     ``skip_by(inner, global_norm, window_zscore(...))``: mean plus so many standard
     deviations, as OLMo trains with. A streak of skips raises the threshold, so that
     training goes on at a new level; steps that are not finite are always skipped and
-    never remembered. For another rule use :func:`optaxclip.skip_by`.
+    never remembered. By default the first step that can be skipped for its size is the
+    one at index 64, in OLMo-core the one at 63. For another rule use
+    :func:`optaxclip.skip_by`.
 
     Args:
       inner: The optimizer to guard.
