@@ -50,6 +50,8 @@ def check(call: str, argument: str, value: Any, holds: Callable, rule: str) -> N
         numbers = np.asarray(float(value) if isinstance(value, int) else value)
     except OverflowError:
         refused(call, argument, f"a number that fits a float and is {rule}", value)
+    except TypeError:  # a PRNG key
+        refused(call, argument, f"a number that is {rule}", value)
     is_real = numbers.dtype.kind in "iufV"  # V: bfloat16
     if not is_real or not np.all(holds(numbers)):
         refused(call, argument, rule if is_real else f"a number that is {rule}", value)

@@ -1,5 +1,6 @@
 """Every transform, rule and kind of tree that the contracts are tested on."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.core
@@ -14,38 +15,42 @@ from optaxclip import rules, unit_axes
 LOW = 0.05  # a threshold that every tree below exceeds at first
 HIGH = 1e6  # one that none reaches
 
-# name -> threshold -> transformation. A new transform gets a row here, and with it
-# every contract test. Adaptive ones take the threshold as their cap.
+# name -> threshold and `axis_name=`, if any -> transformation. A new transform gets a
+# row here, and with it every contract test. Adaptive ones take the threshold as a cap.
 TRANSFORMS = {
     "clip_by_value": optaxclip.clip_by_value,
     "clip_by_global_norm": optaxclip.clip_by_global_norm,
     "clip_by_leaf_norm": optaxclip.clip_by_leaf_norm,
     "clip_by_block_rms": optaxclip.clip_by_block_rms,
-    "adaptive_grad_clip": lambda t: optaxclip.adaptive_grad_clip(t, axis=last_axes),
-    "clip_by(global_norm, ord=1)": lambda t: optaxclip.clip_by(
-        lambda tree: optaxclip.global_norm(tree, ord=1), t
+    "adaptive_grad_clip": lambda t, **axis: optaxclip.adaptive_grad_clip(
+        t, axis=last_axes, **axis
     ),
-    "clip_by(leaf_norm, ord=inf)": lambda t: optaxclip.clip_by(
-        lambda tree: optaxclip.leaf_norm(tree, ord=np.inf), t
+    "clip_by(global_norm, ord=1)": lambda t, **axis: optaxclip.clip_by(
+        functools.partial(optaxclip.global_norm, ord=1), t, **axis
     ),
-    "clip_by(unit_norm, lowest)": lambda t: optaxclip.clip_by(
-        lambda tree: optaxclip.unit_norm(tree, axis=last_axes),
+    "clip_by(leaf_norm, ord=inf)": lambda t, **axis: optaxclip.clip_by(
+        functools.partial(optaxclip.leaf_norm, ord=np.inf), t, **axis
+    ),
+    "clip_by(unit_norm, lowest)": lambda t, **axis: optaxclip.clip_by(
+        unit_norm,
         optaxclip.lowest(optaxclip.relative(1.0, floor=t), t, lambda step: 2 * t),
+        **axis,
     ),
-    "clip_by_percentile": lambda t: optaxclip.clip_by_percentile(95, 20, max_norm=t),
-    "clip_by_percentile(leaf)": lambda t: optaxclip.clip_by_percentile(
-        95, 5, max_norm=t, norm=optaxclip.leaf_norm
+    "clip_by_percentile": lambda t, **axis: optaxclip.clip_by_percentile(
+        95, 20, max_norm=t, **axis
     ),
-    "autoclip": lambda t: optaxclip.autoclip(10, 20, max_norm=t),
-    "zclip": lambda t: optaxclip.zclip(warmup=2, max_norm=t),
-    "adagc": lambda t: optaxclip.clip_by(
-        optaxclip.leaf_norm, optaxclip.lowest(optaxclip.ema(warmup=2), t)
+    "clip_by_percentile(leaf)": lambda t, **axis: optaxclip.clip_by_percentile(
+        95, 5, max_norm=t, norm=optaxclip.leaf_norm, **axis
     ),
-    "clip_by(unit_norm, tracked_quantile)": lambda t: optaxclip.clip_by(
-        lambda tree: optaxclip.unit_norm(tree, axis=last_axes),
-        optaxclip.lowest(optaxclip.tracked_quantile(0.9, 0.05), t),
+    "autoclip": lambda t, **axis: optaxclip.autoclip(10, 20, max_norm=t, **axis),
+    "zclip": lambda t, **axis: optaxclip.zclip(warmup=2, max_norm=t, **axis),
+    "adagc": lambda t, **axis: optaxclip.clip_by(
+        optaxclip.leaf_norm, optaxclip.lowest(optaxclip.ema(warmup=2), t), **axis
     ),
-    "clip_by(window_zscore * 2)": lambda t: optaxclip.clip_by(
+    "clip_by(unit_norm, tracked_quantile)": lambda t, **axis: optaxclip.clip_by(
+        unit_norm, optaxclip.lowest(optaxclip.tracked_quantile(0.9, 0.05), t), **axis
+    ),
+    "clip_by(window_zscore * 2)": lambda t, **axis: optaxclip.clip_by(
         optaxclip.global_norm,
         optaxclip.lowest(
             optax.chain(
@@ -53,6 +58,7 @@ TRANSFORMS = {
             ),
             t,
         ),
+        **axis,
     ),
 }
 
@@ -100,6 +106,10 @@ RULES = {
 def as_published(norm: Any, mean: Any, bound: Any) -> Any:
     """ZClip's answer to a spike, with its epsilon of 1e-6 in z."""
     return rules.reciprocal(norm, mean, bound, eps=2.5e-6)
+
+
+def unit_norm(tree: Any, **axis: Any) -> Any:
+    return optaxclip.unit_norm(tree, axis=last_axes, **axis)
 
 
 def last_axes(path: Any, leaf: Any) -> tuple[int, ...]:

@@ -30,8 +30,7 @@ SKIPS = {
         **kwargs,
     ),
 }
-EVERY = {name: lambda t, make=make: make(t) for name, make in TRANSFORMS.items()}
-EVERY |= SKIPS
+EVERY = TRANSFORMS | SKIPS
 STEPS = 6
 THRESHOLD = 0.5
 

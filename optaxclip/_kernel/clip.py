@@ -188,7 +188,7 @@ def clip_by(
         hint = "`optax.inject_hyperparams` needs `norm` in its `static_args`"
         _checks.refused("clip_by", "norm", "a function of a tree", norm, hint)
     _checks.function("clip_by", "apply", apply, "such as `optaxclip.clamp`")
-    rule, norm = as_rule(threshold), along(norm, axis_name)
+    rule, norm = as_rule("clip_by", "threshold", threshold), along(norm, axis_name)
 
     def init(params: PyTree) -> ClipState:
         norms = initial(norm, params)

@@ -51,7 +51,9 @@ def kinds(tree: PyTree, most: int = 10) -> str:
                 look(child)
 
     look(tree)
-    names = list(dict.fromkeys(found)) or [f"a {type(tree).__name__}"]
+    kind = type(tree).__name__
+    article = "an" if kind[0] in "AEIOUaeiou" else "a"
+    names = list(dict.fromkeys(found)) or [f"{article} {kind}"]
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 

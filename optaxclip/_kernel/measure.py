@@ -45,7 +45,14 @@ _known: contextvars.ContextVar[tuple[_Known, ...]] = contextvars.ContextVar(
 def initial(norm: Norm, params: PyTree) -> Norms:
     """Norms of parameters, with the names, shapes and dtypes of gradient norms."""
     with initialising():
-        return named(norm(split(params).gradients)).norms
+        norms = norm(split(params).gradients)
+    for leaf in jax.tree.leaves(norms):
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(
+                "A norm must be a function from a tree to arrays, got one that "
+                f"returns {leaf!r}."
+            )
+    return named(norms).norms
 
 
 def measure(norm: Norm, gradients: PyTree) -> PyTree:

@@ -25,7 +25,7 @@ def check_rule(
     state: PyTree = jax.eval_shape(rule.init, norms)
     if any(map(_is_own, jax.tree.leaves(state, is_leaf=_is_own))):
         got = "a clip or a skip"
-    elif _is_negative(rule):
+    elif _is_negative(rule) and not _has_schedule(state):
         got = "one whose thresholds are negative, as the updates of an optimizer are"
     else:
         return
@@ -38,6 +38,15 @@ def check_rule(
 
 def _is_own(node: Any) -> bool:
     return hasattr(node, "clip_count") or hasattr(node, "skip_count")
+
+
+def _has_schedule(state: PyTree) -> bool:
+    """Whether a threshold is a schedule, which may be negative and then counts as 0."""
+
+    def is_schedule(node: Any) -> bool:
+        return hasattr(node, "schedule_step")
+
+    return any(map(is_schedule, jax.tree.leaves(state, is_leaf=is_schedule)))
 
 
 def _is_negative(rule: optax.GradientTransformationExtraArgs) -> bool:

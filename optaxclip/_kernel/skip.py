@@ -225,12 +225,15 @@ def _guard(
     norm = chosen(norm)
     _checks.function(call, "norm", norm, "of a tree")
     inner = optax.with_extra_args_support(inner)
-    return _Guard(inner, along(norm, axis_name), as_rule(threshold), watch_loss)
+    rule = as_rule(call, "threshold", threshold)
+    call = _checks.call_made(call)
+    return _Guard(call, inner, along(norm, axis_name), rule, watch_loss)
 
 
 class _Guard(NamedTuple):
     """What decides on a skip, and remembers."""
 
+    call: str  # that the user made
     inner: optax.GradientTransformationExtraArgs
     norm: Norm
     rule: optax.GradientTransformationExtraArgs
@@ -238,7 +241,7 @@ class _Guard(NamedTuple):
 
     def init(self, params: PyTree) -> SkipState:
         norms = initial(self._norm(jnp.zeros((), jnp.float32)), params)
-        check_rule("skip_by", self.rule, norms)
+        check_rule(self.call, self.rule, norms)
         inner_state = self.inner.init(params)
         _refuse_loss_scale(inner_state)
         return SkipState(
@@ -296,11 +299,17 @@ class _Guard(NamedTuple):
             return self.norm
         if loss is None:
             raise ValueError(
-                "`skip_by(watch_loss=True)` compares losses, but `loss` is None: call "
-                "`update(updates, state, params, loss=loss)`."
+                f"`{self.call}(watch_loss=True)` compares losses, but `loss` is None: "
+                f"call `{_usage(self.call)}`."
             )
         scalar = same_on_all_devices("loss", loss).astype(jnp.float32)
         return lambda tree: {"grad_norm": measure(self.norm, tree), "loss": scalar}
+
+
+def _usage(call: str) -> str:
+    if call == "guarded_step":
+        return "step(updates, params, state, loss=loss)"
+    return "update(updates, state, params, loss=loss)"
 
 
 def _refuse_loss_scale(inner_state: PyTree) -> None:

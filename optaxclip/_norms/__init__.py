@@ -10,6 +10,7 @@ from optaxclip._norms.gradients import unwrapped as unwrapped
 from optaxclip._norms.gradients import widen as widen
 from optaxclip._norms.maximum import largest as largest
 from optaxclip._norms.shares import AxisName as AxisName
+from optaxclip._norms.shares import depth_of_caller as depth_of_caller
 from optaxclip._norms.shares import initialising as initialising
 from optaxclip._norms.shares import same_on_all_devices as same_on_all_devices
 from optaxclip._norms.shares import taken_as_whole as taken_as_whole

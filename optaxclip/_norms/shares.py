@@ -133,17 +133,17 @@ def _warn_of(blind: set[str]) -> None:
             "all are taken as whole. That is right if every device holds the same "
             "gradients, averaged over the devices: say so with `axis_name=()`. If not, "
             "name the axes over which they are split.",
-            stacklevel=_depth_of_caller(),
+            stacklevel=depth_of_caller(),
         )
 
 
-def _depth_of_caller() -> int:
+def depth_of_caller() -> int:
     """The ``stacklevel`` of the code that called the optimizer, to warn there."""
     depth, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_back is not None:
         depth, frame = depth + 1, frame.f_back
         package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in ("optaxclip", "optax", "jax", "contextlib"):
+        if package not in ("optaxclip", "optax", "flax", "jax", "contextlib"):
             break
     return depth - 1
 

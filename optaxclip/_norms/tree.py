@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip._norms import euclidean
 from optaxclip._norms.gradients import accumulator, split, widen
@@ -203,7 +204,7 @@ def along(norm: Any, axis_name: AxisName) -> Any:
 
 
 def _check_ord(call: str, ord: Ord) -> None:
-    if ord not in (1, 2, math.inf):
+    if np.ndim(ord) or ord not in (1, 2, math.inf):
         raise ValueError(f"`{call}(ord=...)` must be 2, 1 or inf, got {ord!r}.")
 
 

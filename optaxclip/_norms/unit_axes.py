@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from optaxclip._norms.gradients import path_name
 
@@ -91,13 +92,19 @@ def _ask(spec: Any, path: Path, leaf: Leaf) -> Any:
 
 
 def _checked(axes: Any, path: Path, leaf: Leaf) -> Axes:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = axes if isinstance(axes, tuple | list) else (axes,)
+    if not all(isinstance(axis, int | np.integer) for axis in axes):
+        raise ValueError(
+            "`unit_norm(axis=...)` must be an integer, a tuple of integers or a "
+            "function from a path and a leaf to these, got "
+            f"{axes if len(axes) != 1 else axes[0]!r} for the leaf '{path_name(path)}'."
+        )
     if not all(-leaf.ndim <= axis < leaf.ndim for axis in axes):
         raise ValueError(
             f"`unit_norm(axis=...)` must name axes of the leaf "
             f"'{path_name(path)}' of shape {leaf.shape}, got {axes}."
         )
-    return tuple(axis % leaf.ndim for axis in axes)
+    return tuple(int(axis) % leaf.ndim for axis in axes)
 
 
 def _is_spec(x: Any) -> bool:

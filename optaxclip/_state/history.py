@@ -74,7 +74,8 @@ def record_history(
     it is passed as ``update(..., loss=loss)``, the norm of every leaf if asked. Rows
     stand in buffers of a fixed size on the device; nothing is sent to the host, and
     nothing waits for it. Read them every ``length`` steps or oftener and none is lost;
-    :class:`optaxclip.audit.ClipLog` does, and writes them to a file.
+    :class:`optaxclip.audit.ClipLog` does, and writes them to a file. The count of steps
+    ends at 2**31 - 1; rows from there on are lost.
 
     Args:
       inner: The transformation that holds the clip, its skips included: usually the

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optaxclip import _checks
 from optaxclip._kernel import ClipState, SkipState
 from optaxclip._norms import path_name
 from optaxclip._state.history import HistoryState
@@ -85,6 +86,9 @@ def migrate_state(
       >>> print(optax.tree.get(state, "trace"), state[0].step_count)
       [0.3 0.4] 0
     """
+    if not callable(getattr(tx, "init", None)):
+        rule = "an `optax.GradientTransformation`"
+        _checks.refused("migrate_state", "tx", rule, tx)
     fresh = tx.init(params)
     targets = list(_entries(fresh, ()))
     old, new = _grouped(_entries(old_state, ())), _grouped(targets)

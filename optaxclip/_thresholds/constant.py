@@ -62,9 +62,12 @@ def constant(value: Threshold) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def as_rule(threshold: Threshold | Rule) -> optax.GradientTransformationExtraArgs:
+def as_rule(
+    call: str, argument: str, threshold: Threshold | Rule
+) -> optax.GradientTransformationExtraArgs:
     """A rule as it is; a number, an array or a schedule as a :func:`constant`."""
     if not isinstance(threshold, optax.GradientTransformation):
+        _checks.threshold(call, argument, threshold)
         threshold = constant(threshold)
     return optax.with_extra_args_support(threshold)
 
@@ -95,8 +98,8 @@ def _filled_like(norms: PyTree, value: jax.typing.ArrayLike) -> PyTree:
         )
         if not fits:
             raise ValueError(
-                "`constant(value=...)` must broadcast against every norm, got an array "
-                f"of shape {array.shape} for a norm of shape {norm.shape}."
+                "A threshold must broadcast against every norm, got an array of shape "
+                f"{array.shape} for a norm of shape {norm.shape}."
             )
         value = jnp.broadcast_to(array.astype(norm.dtype), norm.shape)
         return jnp.zeros_like(norm) + value

@@ -142,6 +142,8 @@ def ema(
     _checks.check(call, "ratio", ratio, lambda x: x > 1, "above 1")
     _checks.check(call, "decay", decay, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
     _checks.count(call, "warmup", warmup)
+    _checks.function(call, "start", start, "such as `optaxclip.rules.smallest`")
+    _checks.function(call, "record", record, "such as `optaxclip.rules.at_bound`")
     _checks.non_negative(call, "floor", floor)
 
     def init_one(norm: jax.Array) -> EmaState:

@@ -44,7 +44,7 @@ def lowest(*rules: Threshold | Rule) -> optax.GradientTransformationExtraArgs:
     """
     if not rules:
         raise ValueError("`lowest(*rules)` must be given at least one rule, got none.")
-    parts = [as_rule(rule) for rule in rules]
+    parts = [as_rule("lowest", "rules", rule) for rule in rules]
 
     def init(params: PyTree) -> tuple[Any, ...]:
         return tuple(part.init(params) for part in parts)

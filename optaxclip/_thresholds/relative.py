@@ -50,7 +50,7 @@ def relative(
     """
     _checks.threshold("relative", "ratio", ratio)
     _checks.non_negative("relative", "floor", floor)
-    ratios = as_rule(ratio)
+    ratios = as_rule("relative", "ratio", ratio)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any

@@ -36,7 +36,9 @@ def window_zscore(
     among them. OLMo and MaxText record the norm itself, so that one spike hides the
     next: it stays in the window and inflates the deviation. Recorded at the threshold,
     a spike of any size counts as one of just that size, and norms that have risen for
-    good still raise the threshold step by step.
+    good still raise the threshold step by step. With the
+    defaults the first step that it can bound is the one at index 64, in OLMo-core the
+    one at 63.
 
     Args:
       z_threshold: The number of standard deviations :math:`z > 0`.

@@ -180,6 +180,9 @@ def zscore(
     _checks.check(call, "z_threshold", z_threshold, lambda x: x > 0, "positive")
     _checks.check(call, "decay", decay, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
     _checks.count(call, "warmup", warmup)
+    _checks.function(call, "start", start, "such as `optaxclip.rules.moments`")
+    for argument, value in (("response", response), ("record", record)):
+        _checks.function(call, argument, value, "such as `optaxclip.rules.at_bound`")
     _checks.non_negative(call, "min_deviation", min_deviation)
     _checks.non_negative(call, "floor", floor)
 

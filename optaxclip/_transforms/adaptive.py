@@ -88,7 +88,8 @@ def adagc(
               \lambda \gamma_l)
 
     Before that, for ``warmup`` steps, the whole gradient is clipped to a global norm
-    and :math:`\gamma_l` is the least norm of the leaf so far.
+    and :math:`\gamma_l` is the least norm of the leaf so far. The AdaGC of
+    pytorch_optimizer warms up for one step less: 99 where this one takes 100.
 
     Two limits of the published form. The cap lasts ``warmup`` steps, but each leaf
     waits for as many norms above 0: one that unfreezes later has no threshold for its

@@ -8,6 +8,7 @@ done here, around the optimizer, which sees true gradients and never a bad one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from optaxclip._norms import (
     AxisName,
     accumulator,
     along,
+    depth_of_caller,
     global_norm,
     scaled,
     split,
@@ -41,6 +43,9 @@ PyTree = Any
 
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126  # whose inverses are normal float32, too
 _FOREVER = 2**31 - 1  # steps: where the counters end
+
+# Whether somebody asked for the scale in this process, or was told to.
+_is_known = False
 
 
 class LossScaleState(NamedTuple):
@@ -77,6 +82,9 @@ def dynamic_loss_scale(
     float32, and pass the gradients as they come. It stands outermost: every clip, rule
     and accumulator inside sees true gradients in float32, and no step that overflowed.
     bfloat16 has the range of float32 and needs no loss scale.
+
+    The gradients are divided whether or not the loss was multiplied. If nothing in the
+    process has called :func:`loss_scale` by the first update, a warning says so.
 
     Args:
       inner: The whole optimizer: clips, ``optax.MultiSteps``, :func:`skip_spikes`.
@@ -165,6 +173,7 @@ def dynamic_loss_scale(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, LossScaleState]:
         state = own(LossScaleState, state)
+        _warn_if_unknown()
         scale = state.loss_scale
         size = measure(norm, split(updates).gradients)
         good = jnp.isfinite(size)
@@ -227,7 +236,23 @@ def loss_scale(opt_state: PyTree) -> jax.Array:
             "`loss_scale(opt_state=...)` must hold the state of one "
             f"`dynamic_loss_scale`, got {len(found)} in {find.kinds(opt_state)}."
         )
+    global _is_known
+    _is_known = True
     return find.plain(found[0]).loss_scale
+
+
+def _warn_if_unknown() -> None:
+    """Warns once where a loss can't have been multiplied: nobody asked by what."""
+    global _is_known
+    if not _is_known:
+        _is_known = True
+        warnings.warn(
+            "`dynamic_loss_scale` divides the gradients by the loss scale, but nothing "
+            "has called `optaxclip.loss_scale` yet. If the loss was not multiplied, "
+            "the gradients come out too small by that factor. Take the gradients of "
+            "`optaxclip.loss_scale(opt_state) * loss`.",
+            stacklevel=depth_of_caller(),
+        )
 
 
 def _divided(updates: PyTree, scale: jax.Array) -> PyTree:

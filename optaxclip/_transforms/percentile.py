@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import optax
 
 from optaxclip import _checks
@@ -158,7 +159,7 @@ def _fraction(percentile: float) -> float:
         lambda x: not x.ndim and 0 <= x <= 100,
         "in [0, 100]",
     )
-    if isinstance(percentile, float) and 0 < percentile < 1:
+    if isinstance(percentile, float | np.floating) and 0 < percentile < 1:
         warnings.warn(
             f"`{call}(percentile={percentile})` is the {percentile}th percentile of "
             "the norms and clips nearly every step. "

@@ -59,7 +59,9 @@ def skip_spikes(
     ``skip_by(inner, global_norm, window_zscore(...))``: the threshold is the mean plus
     ``z_threshold`` standard deviations, as in the training of OLMo. A streak of skips
     raises it, so that training continues at a new level. Steps that are not finite are
-    always skipped and never remembered. For another rule use :func:`optaxclip.skip_by`.
+    always skipped and never remembered. By default the first step that can be skipped
+    for its size is the one at index 64; in OLMo-core it is the one at 63. For another
+    rule use :func:`optaxclip.skip_by`.
 
     Args:
       inner: The optimizer to guard.

@@ -172,7 +172,7 @@ def test_no_steps(shape):
         ),
         (
             lambda: replay(-1.0, [1.0]),
-            r"`constant\(value=...\)` must be non-negative, got -1.0",
+            r"`replay\(rule=...\)` must be non-negative, got -1.0",
         ),
         (lambda: replay(optaxclip.relative(0.1), [1.0]), "params"),
         (

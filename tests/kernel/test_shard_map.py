@@ -19,7 +19,6 @@ from meshes import (
     KINDS,
     OF_UNITS,
     ONE_AXIS,
-    SKIPS,
     THRESHOLD,
     TWO_AXES,
     assert_same_run,
@@ -36,29 +35,6 @@ import optaxclip
 ONE, TWO = ((8,), ONE_AXIS), ((4, 2), TWO_AXES)
 ON_ONE = ["clip_by_percentile", "clip_by_value", "clip_by_leaf_norm", "skip_nonfinite"]
 OF_LEAVES = sorted(EVERY.keys() - OF_UNITS)
-
-# Transforms that are told which leaves are shares.
-TOLD = {
-    "clip_by_value": optaxclip.clip_by_value,
-    "clip_by_global_norm": optaxclip.clip_by_global_norm,
-    "clip_by_leaf_norm": optaxclip.clip_by_leaf_norm,
-    "clip_by_block_rms": optaxclip.clip_by_block_rms,
-    "clip_by(global_norm, ord=1)": lambda t, **kwargs: optaxclip.clip_by(
-        lambda tree: optaxclip.global_norm(tree, ord=1, **kwargs), t
-    ),
-    "clip_by(leaf_norm, ord=inf)": lambda t, **kwargs: optaxclip.clip_by(
-        functools.partial(optaxclip.leaf_norm, ord=np.inf), t, **kwargs
-    ),
-    "clip_by_percentile": lambda t, **kwargs: optaxclip.clip_by_percentile(
-        95, 20, max_norm=t, **kwargs
-    ),
-    "clip_by_percentile(leaf)": lambda t, **kwargs: optaxclip.clip_by_percentile(
-        95, 5, max_norm=t, norm=optaxclip.leaf_norm, **kwargs
-    ),
-    "autoclip": lambda t, **kwargs: optaxclip.autoclip(10, 20, max_norm=t, **kwargs),
-    "zclip": lambda t, **kwargs: optaxclip.zclip(warmup=2, max_norm=t, **kwargs),
-    **SKIPS,
-}
 
 
 def names(specs):
@@ -96,33 +72,16 @@ def test_types_say_what_is_a_share(name, shape, specs):
     assert_same_run(run_mapped(EVERY[name](THRESHOLD), shape, specs), name)
 
 
-@pytest.mark.parametrize(("name", "shape", "specs"), cases(TOLD))
+@pytest.mark.parametrize(("name", "shape", "specs"), cases(OF_LEAVES))
 def test_axis_name_says_what_is_a_share(name, shape, specs):
-    tx = TOLD[name](THRESHOLD, axis_name=names(specs))
+    tx = EVERY[name](THRESHOLD, axis_name=names(specs))
     assert_same_run(run_mapped(tx, shape, specs, check_vma=False), name)
 
 
 @pytest.mark.parametrize("name", ["clip_by_percentile", "skip_spikes"])
 def test_where_types_tell_axis_name_changes_nothing(name):
-    tx = TOLD[name](THRESHOLD, axis_name=names(ONE_AXIS))
+    tx = EVERY[name](THRESHOLD, axis_name=names(ONE_AXIS))
     assert_same_run(run_mapped(tx, (8,), ONE_AXIS), name)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", ["clip_by_percentile", "clip_by_leaf_norm"])
-def test_partly_manual(name, check_vma):
-    """One axis manual; over the other the compiler shards the leaves."""
-    on = mesh(KINDS["auto"], 4, 2)
-    manual = jax.tree.map(
-        lambda spec: P(*("x" if e == "x" else None for e in spec)), TWO_AXES
-    )
-    manual["layers"][0] = P(None, "x")
-    tx = TOLD[name](THRESHOLD, **({} if check_vma else {"axis_name": names(manual)}))
-    program = jax.jit(
-        mapped(tx, manual, mesh=on, axis_names={"x"}, check_vma=check_vma)
-    )
-    params = put(parameters(), TWO_AXES, on)
-    assert_same_run(program(params, tx.init(parameters()), gradients()), name)
 
 
 def split(tree, specs, leading=0):
@@ -147,9 +106,9 @@ def joined(tree, specs):
 
 
 @pytest.mark.parametrize("over", [jax.pmap, jax.vmap])
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", OF_LEAVES)
 def test_pmap_and_vmap_with_shares(name, over):
-    tx = TOLD[name](THRESHOLD, axis_name=names(ONE_AXIS))
+    tx = EVERY[name](THRESHOLD, axis_name=names(ONE_AXIS))
     params, params_axes = split(parameters(), ONE_AXIS)
     steps, steps_axes = split(gradients(), ONE_AXIS, leading=1)
     in_axes = (params_axes, None, steps_axes)
@@ -171,7 +130,7 @@ def assert_bitwise_equal(copies):
 )
 def test_a_thousand_steps_leave_the_same_bits_on_all_devices(name):
     """Of the state, whose copies nothing keeps together but the same decisions."""
-    tx, on = TOLD[name](THRESHOLD, axis_name="x"), mesh(KINDS["auto"], 8)
+    tx, on = EVERY[name](THRESHOLD, axis_name="x"), mesh(KINDS["auto"], 8)
 
     def train(state, seed):
         def step(state, key):

@@ -304,7 +304,7 @@ def test_a_missing_loss():
     with pytest.raises(ValueError) as error:  # noqa: PT011
         tx.update(gradients(), tx.init(PARAMS), PARAMS)
     assert str(error.value) == (
-        "`skip_by(watch_loss=True)` compares losses, but `loss` is None: call "
+        "`skip_spikes(watch_loss=True)` compares losses, but `loss` is None: call "
         "`update(updates, state, params, loss=loss)`."
     )
 

@@ -14,7 +14,7 @@ import pytest
 import states_of_0_1_0
 from cases import HIGH, TRANSFORMS, array, assert_same_bits
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip
 
@@ -300,6 +300,62 @@ def test_an_nnx_optimizer_goes_on_with_another_clip(save, restore, tmp_path):
     step(model, new)
     report = optaxclip.metrics(new)
     assert (report["0/step_count"], report["1/step_count"]) == (2, 1)
+
+
+class Sharded(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones((8, 3)), out_sharding=("data", None))
+        self.b = nnx.Param(jnp.ones(3))
+
+    def __call__(self, x):
+        return x @ self.w[...] + self.b[...][None]
+
+
+@nnx.jit
+def train(model, optimizer):
+    grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 8))) ** 2))(model)
+    optimizer.update(model, grads)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "save_and_restore",
+    [
+        lambda state, path: nnx.to_pure_dict(state),
+        by_orbax,
+        lambda state, path: by_orbax(nnx.to_pure_dict(state), path),
+    ],
+    ids=["pure", "by_orbax", "pure by_orbax"],
+)
+def test_the_recipe_for_nnx_with_sharded_parameters(save_and_restore, kind, tmp_path):
+    with jax.set_mesh(jax.make_mesh((4,), ("data",), axis_types=(kind,))):
+        model, adam = Sharded(), standard(optax.adam(0.1))
+        old = nnx.Optimizer(model, adam, wrt=nnx.Param)
+        train(model, old)
+        saved = save_and_restore(nnx.state(old), tmp_path)
+        # As docs/checkpoints.md has it.
+        tx = optax.chain(percentile(), adam)
+        new = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        opt_state = optaxclip.migrate_state(
+            saved["opt_state"], tx, nnx.state(model, nnx.Param)
+        )
+        (step,) = jax.tree.leaves(saved["step"])
+        nnx.update(new, {"opt_state": nnx.state(opt_state), "step": step})
+        # Everything is what and where it was, and training goes on.
+        for x, y in zip(moments(new.opt_state[1]), moments(old.opt_state), strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        assert jax.tree.structure(nnx.state(new)) == jax.tree.structure(
+            nnx.state(nnx.Optimizer(model, tx, wrt=nnx.Param))
+        )
+        for count in (2, 3):
+            train(model, new)
+            assert int(new.step[...]) == int(new.opt_state[1][0].count[...]) == count
+            assert new.opt_state[1][0].mu["w"][...].sharding.spec[0] == "data"
+
+
+def moments(state):
+    return jax.tree.leaves(nnx.to_pure_dict(nnx.state(state)))
 
 
 @pytest.mark.parametrize("restore", [by_orbax, by_flax])

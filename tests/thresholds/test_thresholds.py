@@ -118,6 +118,8 @@ def test_a_scheduled_negative_threshold_does_not_reverse_gradients():
     tx = optaxclip.clip_by_global_norm(lambda step: jnp.float32(-1.0))
     updates, _ = tx.update(GRADS, tx.init(GRADS))
     np.testing.assert_array_equal(updates["w"].astype(jnp.float32), 0)
+    guard = optaxclip.skip_by(optax.sgd(1.0), threshold=lambda step: jnp.float32(-1.0))
+    assert guard.update(GRADS, guard.init(GRADS))[1].skip_count == 1
 
 
 def test_an_array_holds_one_threshold_for_each_unit():

@@ -654,3 +654,54 @@ def test_the_optimizer_sees_parameters_in_float32():
     tx.update(params, state, params)
     assert state.inner_state["w"].dtype == jnp.float32
     assert set(seen) == {(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))}
+
+
+def not_scaled(tx, wrap=lambda f: f):
+    state = tx.init(PARAMS)
+    return wrap(tx.update)(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "around",
+    [lambda tx: tx, lambda tx: optax.chain(optax.identity(), tx)],
+    ids=["bare", "chain"],
+)
+def test_a_loss_that_nobody_scaled_is_told_once(wrap, around, loss_scale_is_known):
+    loss_scale_is_known._is_known = False
+    tx = around(optaxclip.dynamic_loss_scale(optax.sgd(1.0)))
+    with pytest.warns(UserWarning, match="nothing has called `optaxclip.loss_") as told:
+        not_scaled(tx, wrap)
+    assert [warning.filename for warning in told] == [__file__]
+    not_scaled(tx, lambda f: jax.jit(lambda *args: f(*args)))  # a second trace
+
+
+def test_whoever_asks_for_the_loss_scale_is_not_told(loss_scale_is_known):
+    loss_scale_is_known._is_known = False
+    tx = optaxclip.dynamic_loss_scale(optax.sgd(1.0))
+    state = tx.init(PARAMS)
+
+    @jax.jit
+    def step(state):
+        return tx.update(times(optaxclip.loss_scale(state)), state, PARAMS)
+
+    step(state)
+
+
+def test_to_read_the_field_is_not_to_ask(loss_scale_is_known):
+    loss_scale_is_known._is_known = False
+    tx = optaxclip.dynamic_loss_scale(optax.sgd(1.0))
+    state = tx.init(PARAMS)
+    assert state.loss_scale == optaxclip.metrics(state)["loss_scale"]
+    with pytest.warns(UserWarning, match="Take the gradients of"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+def test_an_nnx_optimizer_is_told_where_it_is_updated(loss_scale_is_known):
+    loss_scale_is_known._is_known = False
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    tx = optaxclip.dynamic_loss_scale(optax.sgd(1.0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    with pytest.warns(UserWarning, match="nothing has called") as told:
+        optimizer.update(model, nnx.state(model, nnx.Param))
+    assert told[0].filename == __file__

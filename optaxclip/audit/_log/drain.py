@@ -12,6 +12,8 @@ from optaxclip._thresholds import no_bound
 
 PyTree = Any
 
+LAST = 2**31 - 1  # steps: where the count of a recorder ends
+
 
 class Rows(NamedTuple):
     """What a recorder remembers: one row a step, oldest first, as in ``LogData``."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from optaxclip.audit._log.check import is_cut_off, sealed
 from optaxclip.audit._log.data import LogData
-from optaxclip.audit._log.drain import Rows, drain, first_difference, to_json
+from optaxclip.audit._log.drain import LAST, Rows, drain, first_difference, to_json
 from optaxclip.audit._log.head import START, about, head, line
 from optaxclip.audit._log.reader import parse, read, read_bytes, refuse_special
 from optaxclip.audit._text import shown
@@ -140,6 +140,14 @@ class Writer:
         self.missed = _missed(self.read()) if rewound else self.missed + gap
         if gap:
             self._warn_of_gap(start, rows)
+        if rows.end == LAST:
+            self._warn_once(
+                "end",
+                f"`ClipLog.update`: the recorder has counted {LAST} steps and counts "
+                "no further: rows from here on are lost. Start a fresh recorder, with "
+                "a log of its own.",
+                stacklevel=4,
+            )
         if unsure:
             self._warn_once(
                 "unsure",

@@ -82,7 +82,11 @@ def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
     if not len(series):
         return Replay(series, series)
     with jax.default_device(_cpu()):
-        return Replay(*map(np.asarray, _scan(as_rule(rule), jnp.asarray(series))))
+        return Replay(
+            *map(
+                np.asarray, _scan(as_rule("replay", "rule", rule), jnp.asarray(series))
+            )
+        )
 
 
 def checked(call: str, norms: np.ndarray) -> np.ndarray:
