@@ -24,6 +24,6 @@ hypothesis.settings.load_profile("tests")
 @pytest.fixture(autouse=True)
 def loss_scale_is_known(monkeypatch):
     """Most tests of the loss scale need no loss, nor a warning that none was scaled."""
-    module = importlib.import_module("optaxclip._transforms.loss_scale")
+    module = importlib.import_module("optaxclip._transforms.scale_state")
     monkeypatch.setattr(module, "_is_known", True)
     return module

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -17,6 +18,12 @@ def scan(rule, norms):
     first = jax.tree.map(lambda n: n[0], norms)
     state, thresholds = jax.lax.scan(step, rule.init(first), norms)
     return thresholds, state
+
+
+def infinite(thresholds):
+    """Thresholds of a state, infinite again where they stand for no bound."""
+    most = np.finfo(np.float32).max
+    return jax.tree.map(lambda x: jnp.where(x < most, x, jnp.inf), thresholds)
 
 
 def lognormal(sigma, steps, streams=(), seed=0, median=0.01):

@@ -12,6 +12,10 @@ from optaxclip._kernel.decide import decide as decide
 from optaxclip._kernel.decide import is_unbounded as is_unbounded
 from optaxclip._kernel.decide import matching as matching
 from optaxclip._kernel.decide import unbounded_like as unbounded_like
+from optaxclip._kernel.guard import SkipMetrics as SkipMetrics
+from optaxclip._kernel.guard import SkipState as SkipState
+from optaxclip._kernel.guard import not_made as not_made
+from optaxclip._kernel.guard import without_loss as without_loss
 from optaxclip._kernel.measure import Norm as Norm
 from optaxclip._kernel.measure import handing_over as handing_over
 from optaxclip._kernel.measure import initial as initial
@@ -20,11 +24,7 @@ from optaxclip._kernel.names import Norms as Norms
 from optaxclip._kernel.names import named as named
 from optaxclip._kernel.names import unique as unique
 from optaxclip._kernel.skip import GuardedStep as GuardedStep
-from optaxclip._kernel.skip import SkipMetrics as SkipMetrics
-from optaxclip._kernel.skip import SkipState as SkipState
 from optaxclip._kernel.skip import guarded_step as guarded_step
-from optaxclip._kernel.skip import not_made as not_made
 from optaxclip._kernel.skip import skip_by as skip_by
-from optaxclip._kernel.skip import without_loss as without_loss
 from optaxclip._kernel.states import check_sizes as check_sizes
 from optaxclip._kernel.states import own as own

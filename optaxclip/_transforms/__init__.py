@@ -7,10 +7,10 @@ from optaxclip._transforms.fixed import clip_by_block_rms as clip_by_block_rms
 from optaxclip._transforms.fixed import clip_by_global_norm as clip_by_global_norm
 from optaxclip._transforms.fixed import clip_by_leaf_norm as clip_by_leaf_norm
 from optaxclip._transforms.fixed import clip_by_value as clip_by_value
-from optaxclip._transforms.loss_scale import LossScaleState as LossScaleState
 from optaxclip._transforms.loss_scale import dynamic_loss_scale as dynamic_loss_scale
-from optaxclip._transforms.loss_scale import loss_scale as loss_scale
 from optaxclip._transforms.percentile import autoclip as autoclip
 from optaxclip._transforms.percentile import clip_by_percentile as clip_by_percentile
+from optaxclip._transforms.scale_state import LossScaleState as LossScaleState
+from optaxclip._transforms.scale_state import loss_scale as loss_scale
 from optaxclip._transforms.skips import skip_nonfinite as skip_nonfinite
 from optaxclip._transforms.skips import skip_spikes as skip_spikes

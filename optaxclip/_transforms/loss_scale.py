@@ -8,9 +8,8 @@ done here, around the optimizer, which sees true gradients and never a bad one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.core
@@ -20,7 +19,6 @@ import optax
 from optaxclip import _checks
 from optaxclip._kernel import (
     count_if,
-    find,
     handing_over,
     measure,
     not_made,
@@ -30,33 +28,19 @@ from optaxclip._norms import (
     AxisName,
     accumulator,
     along,
-    depth_of_caller,
     global_norm,
     scaled,
     split,
     widen,
 )
-from optaxclip._show import chosen, default, shown
+from optaxclip._show import chosen, default
 from optaxclip._thresholds import Number
+from optaxclip._transforms.scale_state import LossScaleState, warn_if_unknown
 
 PyTree = Any
 
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126  # whose inverses are normal float32, too
 _FOREVER = 2**31 - 1  # steps: where the counters end
-
-# Whether somebody asked for the scale in this process, or was told to.
-_is_known = False
-
-
-class LossScaleState(NamedTuple):
-    """State of :func:`dynamic_loss_scale`. Counters never wrap around."""
-
-    loss_scale: jax.Array  # float32 scalar: what to multiply the next loss by
-    steps_since_overflow: jax.Array  # int32 scalar: steps made since the last overflow
-    overflow_count: jax.Array  # int32 scalar: steps skipped since the start
-    inner_state: PyTree  # as the last step that was made left it
-
-    __repr__ = shown
 
 
 def dynamic_loss_scale(
@@ -173,7 +157,7 @@ def dynamic_loss_scale(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, LossScaleState]:
         state = own(LossScaleState, state)
-        _warn_if_unknown()
+        warn_if_unknown()
         scale = state.loss_scale
         size = measure(norm, split(updates).gradients)
         good = jnp.isfinite(size)
@@ -205,54 +189,6 @@ def dynamic_loss_scale(
         return jnp.where(good, jnp.where(is_time, larger, scale), smaller)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def loss_scale(opt_state: PyTree) -> jax.Array:
-    """What to multiply the loss by, before its gradient is taken.
-
-    Args:
-      opt_state: The state of :func:`dynamic_loss_scale`, or any pytree that holds it:
-        of a chain, a Flax ``TrainState``, an ``nnx.Optimizer``.
-
-    Returns:
-      A float32 scalar, on device. Cast the loss to float32 before you multiply: above
-      65,504 the scale itself does not fit float16.
-
-    Raises:
-      ValueError: the state holds no loss scale, or several.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import optaxclip
-      >>> tx = optaxclip.dynamic_loss_scale(optax.sgd(0.1), init_scale=1024.0)
-      >>> print(optaxclip.loss_scale(tx.init(jnp.zeros(2))))
-      1024.0
-    """
-    opt_state = getattr(opt_state, "opt_state", opt_state)
-    found = [state for _, state in find.find(opt_state, LossScaleState)]
-    if len(found) != 1:
-        raise ValueError(
-            "`loss_scale(opt_state=...)` must hold the state of one "
-            f"`dynamic_loss_scale`, got {len(found)} in {find.kinds(opt_state)}."
-        )
-    global _is_known
-    _is_known = True
-    return find.plain(found[0]).loss_scale
-
-
-def _warn_if_unknown() -> None:
-    """Warns once where a loss can't have been multiplied: nobody asked by what."""
-    global _is_known
-    if not _is_known:
-        _is_known = True
-        warnings.warn(
-            "`dynamic_loss_scale` divides the gradients by the loss scale, but nothing "
-            "has called `optaxclip.loss_scale` yet. If the loss was not multiplied, "
-            "the gradients come out too small by that factor. Take the gradients of "
-            "`optaxclip.loss_scale(opt_state) * loss`.",
-            stacklevel=depth_of_caller(),
-        )
 
 
 def _divided(updates: PyTree, scale: jax.Array) -> PyTree:

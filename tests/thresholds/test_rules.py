@@ -205,7 +205,7 @@ VALID = {quantile: {"q": 0.5, "window": 9}, tracked_quantile: {"q": 0.5, "rate":
 @pytest.mark.parametrize(
     ("make", "argument", "rule", "values"),
     [
-        (quantile, "q", "a number in [0, 1]", [1.5, -0.1, np.nan, [0.1, 0.2]]),
+        (quantile, "q", "a number in [0, 1]", [150.0, -0.1, np.nan, [0.1, 0.2]]),
         (quantile, "window", COUNT, [0, 2.0, True, "ten"]),
         (quantile, "min_count", "an integer from 1 to 9", [0, 10, 2.0, True]),
         (tracked_quantile, "q", "between 0 and 1", [0.0, 1, np.nan]),

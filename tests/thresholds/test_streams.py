@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import assert_same_bits
+from streams import infinite
 
 import optaxclip
 from optaxclip import clip_by, global_norm, leaf_norm, quantile, tracked_quantile
@@ -38,8 +39,10 @@ def scan(tx, gradients):
     def step(state, gradient):
         updates, state = tx.update(gradient, state)
         if isinstance(state, optaxclip.SkipState):
-            return state, (updates, state.skip_metrics.skip_threshold)
-        return state, (updates, last_clip(state).clip_metrics.clip_threshold)
+            thresholds = state.skip_metrics.skip_threshold
+        else:
+            thresholds = last_clip(state).clip_metrics.clip_threshold
+        return state, (updates, infinite(thresholds))
 
     first = jax.tree.map(lambda gradient: gradient[0], gradients)
     state, (updates, thresholds) = jax.lax.scan(step, tx.init(first), gradients)
