@@ -42,19 +42,20 @@ def check(call: str, argument: str, value: Any, holds: Callable, rule: str) -> N
     """Refuses what is no number, and a number of which ``holds`` is not true."""
     if isinstance(value, jax.core.Tracer):
         return
+    number = rule if rule.startswith("a number") else f"a number that is {rule}"
     if isinstance(value, bool) or not isinstance(
         value, int | float | np.ndarray | np.generic | jax.Array
     ):
-        refused(call, argument, f"a number that is {rule}", value)
+        refused(call, argument, number, value)
     try:
         numbers = np.asarray(float(value) if isinstance(value, int) else value)
     except OverflowError:
         refused(call, argument, f"a number that fits a float and is {rule}", value)
     except TypeError:  # a PRNG key
-        refused(call, argument, f"a number that is {rule}", value)
+        refused(call, argument, number, value)
     is_real = numbers.dtype.kind in "iufV"  # V: bfloat16
     if not is_real or not np.all(holds(numbers)):
-        refused(call, argument, rule if is_real else f"a number that is {rule}", value)
+        refused(call, argument, rule if is_real else number, value)
 
 
 def non_negative(call: str, argument: str, value: Any) -> None:
