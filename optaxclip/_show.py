@@ -1,5 +1,6 @@
 """How states and defaults print: a state on one screen, a default by its name."""
 
+import operator
 from typing import Any, Generic, TypeVar, cast
 
 import jax
@@ -39,9 +40,12 @@ def _array(x: Any) -> str:
     known = not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
     if x.shape or not known or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return f"{x.dtype}{list(x.shape)}"
-    if jnp.issubdtype(x.dtype, jnp.floating) and x == jnp.finfo(x.dtype).max:
+    if not getattr(x, "is_fully_addressable", True):
+        return f"{x.dtype}[]"
+    number = jax.device_get(x).item()  # on the host: a trace may be under way
+    if jnp.issubdtype(x.dtype, jnp.floating) and number == jnp.finfo(x.dtype).max:
         return "no bound"
-    return f"{x.item():.6g}"
+    return f"{number:.6g}"
 
 
 class _Default(Generic[T]):
@@ -50,6 +54,16 @@ class _Default(Generic[T]):
 
     def __repr__(self) -> str:
         return getattr(self.value, "__name__", repr(self.value))
+
+    # For tools that read defaults from signatures. No `__call__`: see `default`.
+    def __eq__(self, other: object) -> bool:
+        return self.value == chosen(other)
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __index__(self) -> int:
+        return operator.index(self.value)  # type: ignore[call-overload]  # or an error
 
 
 def default(value: T) -> T:

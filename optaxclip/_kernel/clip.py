@@ -144,7 +144,8 @@ def clip_by(
         is broadcast against the leaves below it.
       threshold: A number, an array or a schedule (see :func:`optaxclip.constant`), or
         a rule: an ``optax.GradientTransformation`` from norms to thresholds, whose
-        ``params`` are the norms of the parameters. Rules compose:
+        ``params`` are the norms of the parameters. It sees a single norm as an array
+        and several as a dict by path. Rules compose:
         ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold.
       apply: :func:`rescale` (the default) or :func:`clamp`.
       axis_name: Which leaves are shares, if types cannot tell. Passed on to ``norm``,

@@ -1,7 +1,7 @@
 """Measure and decide: the first half of clipping and of skipping."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,12 +43,12 @@ def decide(
     place of a norm that is not finite, and its memory stays as it was before that step.
     """
     check_sizes("rule_state", rule_state, functools.partial(rule.init, like))
-    new = named(measure(norm, gradients))
+    new = named(measure(norm, gradients), like)
     norms = matching(new, like, "updates")
     parameter_norms = None
     if params is not None:
         with warned():
-            of_params = named(measure(norm, split(params).gradients))
+            of_params = named(measure(norm, split(params).gradients), like)
         _refuse_missing(by_name(new.norms), by_name(of_params.norms))
         parameter_norms = matching(of_params, like, "params")
     finite = all_of(jnp.isfinite, norms)
@@ -121,7 +121,7 @@ def matching(new: Named, like: Norms, argument: str) -> Norms:
         name: norms[name].astype(x.dtype) if name in norms else jnp.zeros_like(x)
         for name, x in expected.items()
     }
-    return matched if isinstance(like, dict) else matched.get("", like)
+    return matched if isinstance(like, Mapping) else matched.get("", like)
 
 
 def _refuse_missing(norms: dict[str, Any], parameter_norms: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ A norm returns a tree of norms; a state keeps them in a dict by the path of each
 shardings that fit no norm, and it is known which norms a step left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +24,8 @@ class Named(NamedTuple):
     place: Callable[[Norms], PyTree]  # any numbers by these names (or more) -> tree
 
 
-def named(tree: PyTree) -> Named:
-    """The norms in a tree by their paths."""
+def named(tree: PyTree, known: Norms | tuple[()] = ()) -> Named:
+    """The norms in a tree by their paths, spelled as the ``known`` ones are."""
     paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [path for path, _ in paths_and_norms]
     if not paths:
@@ -33,6 +33,9 @@ def named(tree: PyTree) -> Named:
     if paths == [()]:
         return Named(tree, lambda norm: norm)
     names = unique([paths])
+    if isinstance(known, Mapping):  # a step with fewer leaves may spell them otherwise
+        full = [jax.tree_util.keystr(path) for path in paths]
+        names = [f if f in known else n for n, f in zip(names, full, strict=True)]
     norms = {name: norm for name, (_, norm) in zip(names, paths_and_norms, strict=True)}
 
     def place(values: Norms) -> PyTree:
@@ -44,8 +47,8 @@ def named(tree: PyTree) -> Named:
 
 def by_name(norms: Norms) -> dict[str, jax.Array]:
     """The norms as a dict: a single one has the empty name."""
-    if isinstance(norms, dict):
-        return norms
+    if isinstance(norms, Mapping):
+        return dict(norms)
     return {"": norms} if norms.size else {}
 
 

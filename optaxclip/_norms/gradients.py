@@ -6,6 +6,7 @@ that Flax keeps under ``_overwrite_with_gradient``, whose "gradient" is their ne
 value. ``None`` and ``optax.MaskedNode`` are no leaves at all in JAX.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,9 +68,12 @@ def unwrapped(tree: PyTree) -> PyTree:
 
     A variable is a node with metadata. Its sharding fits the array, and no norm of it.
     """
+    nnx = sys.modules.get("flax.nnx")  # whoever has variables has imported it
+    if nnx is None:
+        return tree
 
     def is_variable(node: Any) -> bool:
-        return hasattr(node, "get_value")
+        return isinstance(node, nnx.Variable)
 
     return jax.tree.map(
         lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable

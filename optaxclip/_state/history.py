@@ -152,7 +152,7 @@ def record_history(
         loss = None if loss is None else same_on_all_devices("loss", loss)
         if leaf_norms:
             like = jax.tree.map(lambda x: x[0], state.history.history_leaf_norms)
-            norms = matching(named(norms), like, "updates")
+            norms = matching(named(norms, like), like, "updates")
         entries = _entries(row, loss, norms)
         check_sizes("history", state.history, lambda: _buffers(entries, length))
         write = functools.partial(_write, state.history_count % length, row.is_step)

@@ -15,7 +15,7 @@ from optaxclip import _checks
 from optaxclip._kernel import ClipState, SkipState
 from optaxclip._norms import path_name
 from optaxclip._state.history import HistoryState
-from optaxclip._thresholds import no_bound
+from optaxclip._state.versions import MEASURED, bounded, upgraded
 from optaxclip._transforms import LossScaleState
 
 PyTree = Any
@@ -23,9 +23,6 @@ PyTree = Any
 # The states that are this package's own, whole but for an `inner_state`. The first two
 # fields of each are arrays; nothing else has both names.
 _OWN = (ClipState, SkipState, LossScaleState, HistoryState)
-
-# What was measured may be infinite, in today's states, too.
-_MEASURED = {"grad_norm", "skip_norm", "history_norm", "history_leaf_norms"}
 
 # On a path, the step from an own state to its `inner_state`: told apart by identity
 # from the attribute of that name which wrappers of optax have.
@@ -153,31 +150,31 @@ def _parts(own: Any) -> dict[tuple[Any, ...], Any]:
     """The leaves of an own state by their paths, those of its inner state left out."""
     fields = _fields(own) | {"inner_state": None}
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(fields)
-    parts = {_spelled(path): leaf for path, leaf in paths_and_leaves}
-    return _upgraded(parts) if ("history", "history_loss") in parts else parts
+    keys = _keys([path for path, _ in paths_and_leaves])
+    parts = {key: leaf for key, (_, leaf) in zip(keys, paths_and_leaves, strict=True)}
+    return upgraded(parts) if ("history", "history_loss") in parts else parts
 
 
-def _upgraded(parts: dict[tuple[Any, ...], Any]) -> dict[tuple[Any, ...], Any]:
-    """A recorder of version 0.1.0, with NaN for no loss, in the form of today's."""
-    known = ("history", "history_has_loss")
-    if known in parts:
-        return parts
-    loss = jnp.asarray(parts["history", "history_loss"])
-    flags = {known: ~jnp.isnan(loss)} | {
-        ("history", name): jnp.asarray(parts["history", name])
-        for name in ("history_clipped", "history_skipped")
-    }
-    flags = {path: flag.astype(jnp.int8) for path, flag in flags.items()}
-    return parts | flags | {("history", "history_loss"): jnp.nan_to_num(loss, nan=0.0)}
+def _keys(paths: list[tuple[Any, ...]]) -> list[tuple[str, ...]]:
+    """A key for each leaf of an own state, however containers were saved."""
+    keys = [_words(path) for path in paths]
+    if len(set(keys)) < len(keys):  # names with slashes, or of the form ".../value"
+        keys = [(jax.tree_util.keystr(path),) for path in paths]
+    return keys
+
+
+def _words(path: Any) -> tuple[str, ...]:
+    """A path in words, those of a name by themselves: 0.1.0 kept norms in trees."""
+    words = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+    words = "/".join(words).split("/")
+    while words and words[-1] == "value":  # the inside of a variable of Flax NNX
+        words.pop()
+    return tuple(words)
 
 
 def _spelled(path: Any) -> tuple[str | int, ...]:
-    """A path in strings and, for positions, integers, however containers were saved."""
-    words = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
-    words = "/".join(words).split("/")  # version 0.1.0 kept norms in nested trees
-    while words and words[-1] == "value":  # the inside of a variable of Flax NNX
-        words.pop()
-    return tuple(int(word) if word.isdecimal() else word for word in words)
+    """A path in words and, for positions, integers, however containers were saved."""
+    return tuple(int(word) if word.isdecimal() else word for word in _words(path))
 
 
 def _grouped(entries: Any) -> dict[tuple[Any, ...], list[_Entry]]:
@@ -241,23 +238,20 @@ def _rebuilt(tree: PyTree, sources: Iterator[Any]) -> PyTree:
 
 
 def _refilled(own: Any, parts: dict[tuple[Any, ...], Any]) -> Any:
-    fields = own._asdict()
-    fields.pop("inner_state", None)
+    fields = own._asdict() | {"inner_state": None}
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(fields)
+    paths = [path for path, _ in paths_and_leaves]
 
-    def fill(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = _spelled(path)
-        old = parts[names]
-        return _placed(old if {*names} & _MEASURED else _bounded(old), leaf)
+    def value(path: tuple[Any, ...], old: Any) -> Any:
+        return old if {*_words(path[:2])} & MEASURED else bounded(old)
 
-    return own._replace(**jax.tree_util.tree_map_with_path(fill, fields))
-
-
-def _bounded(value: Any) -> Any:
-    """With the largest finite number for infinity, by which 0.1.0 said "no bound"."""
-    value = jnp.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        return value
-    return jnp.where(jnp.isposinf(value), no_bound(value.dtype), value)
+    new = [
+        _placed(value(path, parts[key]), leaf)
+        for key, (path, leaf) in zip(_keys(paths), paths_and_leaves, strict=True)
+    ]
+    filled = treedef.unflatten(new)
+    del filled["inner_state"]
+    return own._replace(**filled)
 
 
 def _placed(old: Any, new: Any) -> Any:

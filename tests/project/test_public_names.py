@@ -79,3 +79,14 @@ def test_what_is_imported_when():
         argv, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_defaults_are_values_for_tools_that_read_them():
+    parameters = inspect.signature(optaxclip.clip_by_percentile).parameters
+    window, norm = parameters["window"].default, parameters["norm"].default
+    assert window == 1000
+    assert list(range(window))[-1] == 999
+    assert norm == optaxclip.global_norm
+    assert repr(norm) == "global_norm"
+    assert len({window, 1000}) == 1
+    optaxclip.clip_by_percentile(window=window, norm=norm)

@@ -511,3 +511,31 @@ def test_states_of_version_0_1_0_go_on(make, request):
     for x, y in zip(*map(jax.tree.leaves, (later, expected)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6)
     assert state.history_count == 8
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"1": jnp.ones(2), "01": 3 * jnp.ones(2)},
+        {"a/value": jnp.ones(2), "a": 3 * jnp.ones(2)},
+        {"a/b": jnp.ones(2), "a": {"b": 3 * jnp.ones(2)}},
+    ],
+)
+def test_no_leaf_gets_the_memory_of_another(params):
+    tx = optaxclip.clip_by_percentile(50, 2, norm=optaxclip.leaf_norm)
+    _, state = tx.update(params, tx.init(params))
+    assert_same_bits(optaxclip.migrate_state(state, tx, params), state)
+
+
+def test_infinities_of_0_1_0_beside_a_watched_loss():
+    """There the names of norms begin with `grad_norm`."""
+    rule = optaxclip.quantile(0.9, 6, min_count=3)
+    tx = optaxclip.skip_by(optax.sgd(0.1), optaxclip.leaf_norm, rule, watch_loss=True)
+    state = tx.init(PARAMS)
+    old = state._replace(
+        skip_rule_state=jax.tree.map(
+            lambda x: jnp.full_like(x, jnp.inf) if x.dtype == jnp.float32 else x,
+            state.skip_rule_state,
+        )
+    )
+    assert_same_bits(optaxclip.migrate_state(old, tx, PARAMS), state)

@@ -177,6 +177,34 @@ def test_parameters_that_are_missing_are_named():
         tx.update(PARAMS, tx.init(PARAMS), without_bias(PARAMS))
 
 
+class Critic(eqx.Module):
+    """A module with the method that Flax NNX has on its variables."""
+
+    layer: eqx.nn.Linear
+
+    def get_value(self, observation):
+        return self.layer(observation)
+
+
+def test_a_module_with_a_method_get_value_is_no_variable():
+    critic = Critic(eqx.nn.Linear(2, 1, key=jax.random.key(0)))
+    params = eqx.filter(critic, eqx.is_inexact_array)
+    tx = optaxclip.clip_by_leaf_norm(LOW)
+    updates, state = tx.update(params, tx.init(params))
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert set(state.clip_metrics.grad_norm) == {"layer/bias", "layer/weight"}
+
+
+def test_a_name_does_not_change_with_the_leaves_beside_it():
+    x, y = jnp.ones(2), jnp.ones(3)
+    tx = optaxclip.record_history(optaxclip.clip_by_leaf_norm(LOW), 2, leaf_norms=True)
+    state = tx.init({"a/b": x, "a": {"b": y}})
+    _, state = tx.update({"a/b": None, "a": {"b": y}}, state)
+    norms = state.inner_state.clip_metrics.grad_norm
+    np.testing.assert_allclose(norms["['a']['b']"], np.sqrt(3), rtol=1e-6)
+    assert norms["['a/b']"] == 0
+
+
 # States that are mixed, checked for NaN, printed
 
 
@@ -266,6 +294,24 @@ def test_how_a_state_prints():
     )
     assert "grad_norm={'dense/bias': 1.41421, 'dense/kernel': 2.44949" in repr(state)
     assert "float32[]" in repr(jax.eval_shape(tx.init, PARAMS))
+
+
+def test_a_state_prints_within_a_trace():
+    state = optaxclip.zclip().init(PARAMS)
+    text = repr(state)
+    assert "no bound" in text
+    jax.jit(lambda x: (x, text == repr(state) or 1 / 0)[0])(1.0)
+
+
+def test_the_dict_of_norms_goes_to_transform_non_params_whole():
+    """Optax asks `init` with one placeholder, so the names cannot be known there."""
+    tx = optaxclip.clip_by_leaf_norm(LOW)
+    state = tx.init(PARAMS)
+    seen = []
+    optax.tree_map_params(tx, lambda x: x, state, transform_non_params=seen.append)
+    dicts = [x for x in seen if isinstance(x, dict)]
+    assert len(dicts) == len(state.clip_metrics)
+    assert all(x.keys() == state.clip_metrics.grad_norm.keys() for x in dicts)
 
 
 @every_transform
