@@ -209,7 +209,7 @@ FINDINGS = {
         finding(STEADY, 0.5),
         "notice",
         "Every step was clipped",
-        "The mean scale is 0.486: with SGD the learning rate is in effect that",
+        "gradients were multiplied by 0.486. With SGD that lowers the learning rate",
     ),
     "a stretch": (
         finding(np.where(np.arange(400) // 100 == 2, 4.0, STEADY), 2.0),
@@ -235,14 +235,14 @@ FINDINGS = {
         finding(np.where(np.arange(400) == 123, 90.0, STEADY), 2.0),
         "notice",
         "1 spike, clipped",
-        "Step 123 had a norm at least 5 times as large as usual before and after. It "
+        "Step 123 had a norm at least 5 times as large as in the steps around. It "
         "was 87.4 times as large.",
     ),
     "a spike not held": (
         finding(np.where(np.arange(400) == 123, 90.0, STEADY), 50.0),
         "problem",
         "1 spike reached the optimizer",
-        "After the clip the norm was still at least 5 times as large as usual.",
+        "The clip left the norm at 5 times the usual one or more.",
     ),
     "nothing yet": (
         finding(STEADY[:19], 2.0),
@@ -254,15 +254,16 @@ FINDINGS = {
         finding(np.where(np.arange(400) == 123, 90.0, STEADY), 7 * STEADY),
         "problem",
         "1 spike reached the optimizer",
-        "A lower threshold holds such a spike.",
+        "A lower threshold would cut such spikes down to an ordinary size.",
     ),
     "some spikes held": (
         finding(np.where(np.isin(np.arange(400), [50, 90]), 9.0, STEADY), 4.0)[:80]
         + finding(np.where(np.arange(400) == 90, 9.0, STEADY), 8.0)[80:],
         "problem",
         "1 of 2 spikes reached the optimizer",
-        "Steps 50, 90 had norms at least 5 times as large as usual before and after. "
-        "The largest was 8.74 times as large, at step 50. Not held: step 90.",
+        "Steps 50, 90 had norms at least 5 times as large as in the steps around. "
+        "Compared with these, the largest was 8.74 times as large, at step 50. Not "
+        "held: step 90.",
     ),
     "a spike at the very end": (
         finding(np.where(np.arange(400) >= 398, 90.0, STEADY), 2.0),

@@ -21,11 +21,11 @@ EXPECTED = {
     ),
     "spikes held": (
         ["[notice] 3 spikes, all clipped"],
-        "Steps 130, 217, 305 had norms at least 5 times as large as usual before and",
+        "Steps 130, 217, 305 had norms at least 5 times as large as in the steps",
     ),
     "spikes passed": (
         ["[problem] 3 spikes reached the optimizer"],
-        "Steps 130, 217, 305 had norms at least 5 times as large as usual before and",
+        "Steps 130, 217, 305 had norms at least 5 times as large as in the steps",
     ),
     "NaN in one layer": (
         ["[problem] The gradient is NaN from step 260 to the end"],
@@ -47,7 +47,7 @@ EXPECTED = {
     ),
     "never clipped": (
         ["[notice] The clip never acted: its threshold is out of reach"],
-        "The median threshold, 100, is ",
+        "The threshold, 100, is ",
     ),
     "restarted twice": (
         ["[notice] The run was restarted twice", "[fine] The run looks healthy"],

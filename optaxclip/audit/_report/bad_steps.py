@@ -25,8 +25,9 @@ def reached_the_optimizer(data: LogData) -> Finding | None:
         title = f"{text.count(len(rows), 'step')} with a gradient of {kind}"
     where = "" if lasting else f"{capital(text.steps(data.step[rows]))}."
     detail = (
-        f"{where}{_origin(data, first)} A clip does not stop {kind}, so it reached the "
-        "optimizer. Wrap the optimizer in skip_nonfinite."
+        f"{where}{_origin(data, first)} A clip does not stop {kind}: the gradient "
+        "reached the optimizer. Resume from a checkpoint of an earlier step, with the "
+        "optimizer wrapped in skip_nonfinite."
     )
     return Finding("problem", title, detail.lstrip())
 
@@ -44,7 +45,8 @@ def skipped(data: LogData) -> Finding | None:
         title = f"{text.count(len(rows), 'step')} overflowed and {was} skipped"
         detail += (
             " With dynamic_loss_scale this is normal: it is how the scale is found. "
-            "Expect up to fifteen at the start, then one each time the scale grows."
+            "Expect up to fifteen such steps at the start, and later one where the "
+            "scale has grown too far."
         )
     return Finding("notice", title, detail.rstrip())
 
@@ -106,7 +108,7 @@ def _origin(data: LogData, row: int) -> str:
         if was != "finite":
             advice = ": look at the batch of that step and at the loss function"
         elif kind == "NaN":
-            advice = ": look at the backward pass, for a square root at 0 for instance"
+            advice = ": look at the backward pass, for example for a square root at 0"
     if not parts:
         return ""
     return f" At step {data.step[row]} {' and '.join(parts)}{advice}."

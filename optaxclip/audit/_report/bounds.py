@@ -22,11 +22,12 @@ def over_clipping(data: LogData) -> Finding | None:
         every = s.clipped == s.steps
         detail = "" if every else f"{text.share(s.clipped_share)} of them. "
         detail += (
-            "The threshold is below the ordinary norms, so the clip sets the length of "
-            "nearly every step instead of holding back the few that are too large. "
-            f"The mean scale is {text.number(s.mean_scale)}: with SGD the learning "
-            "rate is in effect that much smaller; Adam hardly notices. If this is not "
-            "intended, raise the threshold: 95% of the norms were below "
+            "The threshold is below the ordinary norms, so the clip sets the size of "
+            "the updates instead of holding back the few that are too large. On "
+            f"average, gradients were multiplied by {text.number(s.mean_scale)}. With "
+            "SGD that lowers the learning rate by as much; with Adam it changes "
+            "little. If this is not intended, raise the threshold (median "
+            f"{text.number(s.median_threshold)}): 95% of the norms were below "
             f"{text.number(s.p95_norm)}."
         )
         title = f"{'Every step was' if every else 'Most steps were'} clipped"
@@ -59,10 +60,11 @@ def under_clipping(data: LogData) -> Finding | None:
         return None
     above_median = s.median_threshold / s.median_norm if s.median_norm else np.inf
     detail = (
-        f"The median threshold, {text.number(s.median_threshold)}, is "
+        f"{'The median threshold' if stats.moves(data) else 'The threshold'}, "
+        f"{text.number(s.median_threshold)}, is "
         f"{text.number(above_median)} times the median norm and "
         f"{text.number(s.median_threshold / s.largest_norm)} times the largest. A "
-        "spike would pass."
+        "spike up to this size would pass."
     )
     title = "The clip never acted: its threshold is out of reach"
     return Finding("notice", title, detail)

@@ -26,8 +26,8 @@ def spikes(data: LogData) -> Finding | None:
     number, steps = text.count(len(rows), "spike"), text.steps(data.step[rows])
     detail = (
         f"{capital(steps)} had {'a norm' if len(rows) == 1 else 'norms'} at least "
-        f"{stats.SPIKE:g} times as large as usual before and after. "
-        f"{'It' if len(rows) == 1 else 'The largest'} was "
+        f"{stats.SPIKE:g} times as large as in the steps around. "
+        f"{'It' if len(rows) == 1 else 'Compared with these, the largest'} was "
         f"{text.number(times[worst])} times as large"
     )
     detail += "." if len(rows) == 1 else f", at step {data.step[rows[worst]]}."
@@ -39,10 +39,10 @@ def spikes(data: LogData) -> Finding | None:
         title = f"{passed.sum():,} of {number} reached the optimizer"
         detail += f" Not held: {text.steps(data.step[rows][passed])}."
     detail += (
-        f" After the clip the norm was still at least {stats.SPIKE:g} times as large "
-        "as usual. A lower threshold holds such a spike"
+        f" The clip left the norm at {stats.SPIKE:g} times the usual one or more. A "
+        "lower threshold would cut such spikes down to an ordinary size"
     )
-    adaptive = ", and so does one that adapts, as clip_by_percentile does."
+    adaptive = "; so would one that adapts, such as clip_by_percentile."
     detail += "." if stats.moves(data) else adaptive
     return Finding("problem", title, detail)
 
