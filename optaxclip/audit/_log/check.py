@@ -52,7 +52,8 @@ def verified(lines: list[bytes], checked: bool) -> bool:
         if checked and not has_check:
             raise Damage(place, f"damaged, it has no check: {_start(line)}")
         if has_check and not checked and line.startswith(b'{"step"'):
-            raise Damage(place, f"it has a check, the lines above not: {_start(line)}")
+            # Checks begin with a head or a marker, never with a row.
+            raise Damage(place - 1, "damaged, its check is missing or broken")
         checked = has_check
     return checked
 
