@@ -24,6 +24,7 @@ arithmetic, for which the compiler would not time anything.
 import importlib.metadata
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def launches(program: Any) -> dict[str, int]:
             counts["graphs"] += 1
         elif found[1] in ("kWhile", "kConditional"):
             counts["waits"] += 1
-    for file in DUMP.iterdir():
+    for file in filter(Path.is_file, DUMP.iterdir()):  # a program for CPU has a folder
         file.unlink()
     return counts
 
@@ -108,7 +109,7 @@ def main() -> None:
         )
         for dtype in options.dtypes.split(","):
             tables.append(measure(topology.devices, dtype, options, launches, COLUMNS))
-    DUMP.rmdir()
+    shutil.rmtree(DUMP)
     also = {
         "device": "gpu",
         "jax_cuda13_plugin": importlib.metadata.version("jax-cuda13-plugin"),

@@ -52,9 +52,9 @@ def _has_schedule(state: PyTree) -> bool:
 def _is_negative(rule: optax.GradientTransformationExtraArgs) -> bool:
     """Whether a norm of 1 gets a threshold below 0, as far as that can be told."""
     with jax.ensure_compile_time_eval():
-        norm = jnp.ones((), jnp.float32)
         try:
+            norm = jnp.ones((), jnp.float32)
             threshold, _ = rule.update(norm, rule.init(norm), norm)
             return bool(np.all(np.asarray(threshold) < 0))
-        except Exception:  # a rule may need names, extra arguments, traced numbers
+        except Exception:  # names, extra arguments, traced numbers, no devices
             return False

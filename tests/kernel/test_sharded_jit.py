@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from _hlo import figures
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import (
     EVERY,
@@ -210,3 +211,15 @@ def test_a_train_step_with_an_optimizer_behind():
         together = train(put(params, TWO_AXES, on), put(steps, TWO_AXES, on, (None,)))
     for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_init_is_traced_for_devices_that_are_not_there(name):
+    tx, params = EVERY[name](0.5), jax.eval_shape(parameters)
+    nowhere = AbstractMesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.sharding.use_abstract_mesh(nowhere):
+        state = jax.eval_shape(tx.init, params)
+    here = jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(state) == jax.tree.structure(here)
+    for one, two in zip(*map(jax.tree.leaves, (state, here)), strict=True):
+        assert (one.shape, one.dtype) == (two.shape, two.dtype)

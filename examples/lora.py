@@ -1,0 +1,355 @@
+"""Fine-tune LoRA adapters on a frozen Transformer, with a clip on them alone.
+
+    pip install "optaxclip[examples]"
+    python lora.py                  # one base, three fine-tunings: minutes on a CPU
+    python lora.py --seeds 3 --rank 4 --outlier 100
+
+A Transformer learns Python source, by `train.py` beside this file. Then it is frozen,
+and adapters on its linear layers learn the language reference, in capitals. The
+optimizer is given the adapters alone (`wrt=nnx.LoRAParam`): the clip measures nothing
+else, the log has one norm for each of their factors, and Adam has no other moments.
+
+In a few batches one sequence counts a thousandfold, as when a file of examples has
+counts where weights should be. Every clip meets the same base, batches and outliers.
+
+Without NNX, `optax.partition({"adapter": tx, "base": optax.set_to_zero()}, labels)`
+does the same: a clip within it measures the leaves of its label.
+
+A name ends in the axes of its array: B batch, T time, T1 time and one more.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from train import (
+    COLORS,
+    Transformer,
+    batches,
+    cross_entropy,
+    load_text,
+    option,
+    train_step,
+)
+
+import optaxclip
+from optaxclip.audit import ClipLog, LogData, read, report
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # The comparison.
+    clip: str = option("none,constant,default", "runs to make, from CLIPS")
+    seeds: int = option(1, "fine-tune with each clip this many times")
+    max_norm: float = option(1.0, "constant: largest norm of the adapters' gradient")
+    outliers: float = option(0.01, "share of the batches with an outlier")
+    outlier: float = option(1000.0, "what a sequence counts that is one")
+    # The fine-tuning.
+    rank: int = option(8, "rank of an adapter")
+    steps: int = option(300, "steps of a fine-tuning")
+    rate: float = option(3e-3, "its learning rate, constant")
+    batch: int = option(16, "sequences a batch, a multiple of the number of devices")
+    every: int = option(20, "steps between two validations, and two updates of the log")
+    # The base.
+    base_steps: int = option(400, "steps of the pre-training")
+    base_rate: float = option(3e-3, "its learning rate, with a cosine decay")
+    context: int = option(64, "characters a sequence")
+    depth: int = option(3, "Transformer blocks")
+    heads: int = option(4, "attention heads, a divisor of the width")
+    width: int = option(128, "width of the residual stream")
+    dtype: str = option("float32", "dtype of the computation; parameters stay float32")
+    # The output.
+    out: str = option("runs/lora", "folder for logs, reports and picture")
+
+
+def read_config() -> Config:
+    parser = argparse.ArgumentParser(
+        description=str(__doc__).splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for field in dataclasses.fields(Config):
+        flag = f"--{field.name.replace('_', '-')}"
+        text = field.metadata["help"]
+        parser.add_argument(flag, type=field.type, default=field.default, help=text)
+    config = Config(**vars(parser.parse_args()))
+    if unknown := set(config.clip.split(",")) - set(CLIPS):
+        parser.error(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
+    if config.batch % jax.device_count():
+        parser.error(f"--batch must be a multiple of {jax.device_count()} (devices)")
+    return config
+
+
+# A line a run: from the configuration to the clip.
+CLIPS = {
+    # An infinite threshold clips nothing, and measures all the same.
+    "none": lambda c: optaxclip.clip_by_global_norm(jnp.inf),
+    "constant": lambda c: optaxclip.clip_by_global_norm(c.max_norm),
+    "default": lambda c: optaxclip.clip_by_percentile(),
+}
+
+
+# --- data -----------------------------------------------------------------------------
+
+
+def other_text(megabytes: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+    """Another style than the pre-training's: the language reference, in capitals.
+
+    ASCII codes; of the reference's sections, every tenth is kept for validation.
+    """
+    from pydoc_data.topics import topics
+
+    sections = [topics[name].upper().encode("ascii", "replace") for name in topics]
+    sections = [np.frombuffer(section, np.uint8) for section in sorted(sections)]
+    validation = np.concatenate(sections[::10])
+    train = np.concatenate([text for i, text in enumerate(sections) if i % 10])
+    room = int(megabytes * 1e6)
+    return train[:room], validation[:room]
+
+
+def broken(
+    batches: Iterable[np.ndarray], steps: Collection[int], weight: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches and their weights; at these steps the first sequence has another one."""
+    for step, tokens_BT1 in enumerate(batches):
+        weights_BT = np.ones(tokens_BT1[:, 1:].shape, np.float32)
+        if step in steps:
+            weights_BT[0] = weight
+        yield tokens_BT1, weights_BT
+
+
+def outlier_steps(config: Config, seed: int) -> list[int]:
+    count = round(config.outliers * config.steps)
+    # Not at once: a fine-tuning that has learned nothing has nothing to lose.
+    late = np.arange(config.steps // 4, config.steps)
+    rng = np.random.default_rng(seed)
+    return sorted(rng.choice(late, count, replace=False).tolist())
+
+
+# --- model ----------------------------------------------------------------------------
+
+
+def new_base(config: Config) -> Transformer:
+    return Transformer(
+        vocabulary=128,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        context=config.context,
+        dtype=jnp.dtype(config.dtype),
+        rngs=nnx.Rngs(0),
+    )
+
+
+def add_lora(model: Transformer, rank: int, rngs: nnx.Rngs) -> None:
+    """Puts an adapter on every linear layer; with a zero factor it does nothing yet."""
+    for _, module in list(nnx.iter_modules(model)):
+        for name, layer in list(vars(module).items()):
+            if isinstance(layer, nnx.Linear):
+                adapter = nnx.LoRA(
+                    layer.in_features,
+                    rank,
+                    layer.out_features,
+                    base_module=layer,
+                    dtype=layer.dtype,
+                    rngs=rngs,
+                )
+                setattr(module, name, adapter)
+
+
+@functools.cache  # one for all seeds, so that they compile once
+def new_optimizer(config: Config, clip: str) -> optax.GradientTransformation:
+    tx = optax.chain(CLIPS[clip](config), optax.adamw(config.rate, weight_decay=0.0))
+    tx = optaxclip.skip_nonfinite(tx)
+    return optaxclip.record_history(tx, config.every, leaf_norms=True)
+
+
+def new_model(
+    config: Config, base: Transformer, clip: str, seed: int
+) -> tuple[Transformer, nnx.Optimizer]:
+    model = nnx.clone(base)
+    add_lora(model, config.rank, nnx.Rngs(seed))
+    return model, nnx.Optimizer(model, new_optimizer(config, clip), wrt=nnx.LoRAParam)
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def pretrain(config: Config, sharding: NamedSharding) -> Transformer:
+    base = new_base(config)
+    rate = optax.cosine_decay_schedule(config.base_rate, config.base_steps, 0.1)
+    tx = optax.chain(optaxclip.clip_by_percentile(), optax.adamw(rate))
+    tx = optaxclip.skip_nonfinite(tx)
+    optimizer = nnx.Optimizer(base, tx, wrt=nnx.Param)
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    state = jax.device_put(nnx.state((base, optimizer)), whole)
+    nnx.update((base, optimizer), state)
+    text, _ = load_text()
+    stream = batches(text, config.batch, config.context, seed=0)
+    for _ in tqdm(range(config.base_steps), desc="base", unit="step"):
+        train_step(base, optimizer, jax.device_put(next(stream), sharding))
+    return base
+
+
+# The base is not donated: all runs share it. Only the adapters are differentiated.
+@nnx.jit(donate_argnames="optimizer")
+def tune_step(
+    model: Transformer,
+    optimizer: nnx.Optimizer,
+    tokens_BT1: jax.Array,
+    weights_BT: jax.Array,
+) -> None:
+    adapters = nnx.DiffState(0, nnx.LoRAParam)
+    loss_and_grads = nnx.value_and_grad(cross_entropy, argnums=adapters)
+    loss, grads = loss_and_grads(model, tokens_BT1, weights_BT)
+    optimizer.update(model, grads, loss=loss)
+
+
+validation_loss = nnx.jit(cross_entropy)
+
+
+def fine_tune(
+    config: Config,
+    base: Transformer,
+    clip: str,
+    seed: int,
+    path: Path,
+    sharding: NamedSharding,
+) -> list[float]:
+    """The validation losses, before the first step too; a log is left at the path."""
+    text, validation_text = other_text()
+    held_out = batches(validation_text, config.batch, config.context, seed=0)
+    held_out = jax.device_put([next(held_out) for _ in range(8)], sharding)
+    model, optimizer = new_model(config, base, clip, seed)
+
+    def validate() -> float:
+        return statistics.fmean(validation_loss(model, x).item() for x in held_out)
+
+    path.unlink(missing_ok=True)  # a log that exists would be gone on with
+    log = ClipLog(
+        path,
+        params=nnx.state(model, nnx.LoRAParam),
+        transform=clip,
+        hyperparameters=dataclasses.asdict(config) | {"seed": seed},
+    )
+    stream = batches(text, config.batch, config.context, seed)
+    stream = broken(stream, outlier_steps(config, seed), config.outlier)
+    losses = [validate()]
+    bar = tqdm(total=config.steps, desc=f"{clip}, seed {seed}", unit="step")
+    for first in range(0, config.steps, config.every):
+        steps = range(first, min(first + config.every, config.steps))
+        for _ in steps:
+            batch = jax.device_put(next(stream), sharding)
+            tune_step(model, optimizer, *batch)
+        log.update(optimizer)
+        losses.append(validate())
+        bar.set_postfix_str(f"validation {losses[-1]:.3f}", refresh=False)
+        bar.update(len(steps))
+    bar.close()
+    return losses
+
+
+# --- output ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Result:
+    losses: np.ndarray  # a row a seed, a column a validation
+    logs: list[LogData]
+
+
+def table(results: dict[str, Result]) -> str:
+    lines = ["clip       loss before     after         clipped  largest norm"]
+    for clip, result in results.items():
+        first, last = result.losses[:, 0], result.losses[:, -1]
+        clipped = np.mean([log.clipped.mean() for log in result.logs])
+        norm = max(np.nanmax(log.norm) for log in result.logs)
+        lines.append(
+            f"{clip:<11}{first.mean():>11.3f}{spread(last):>18}"
+            f"{clipped:>9.1%}{norm:>14.1f}"
+        )
+    return "\n".join(lines)
+
+
+def spread(values: np.ndarray) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
+
+
+def picture(config: Config, results: dict[str, Result], path: Path) -> None:
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    grid = figure.add_gridspec(2, len(results), height_ratios=[1.4, 1])
+    top = figure.add_subplot(grid[0, :])
+    panel = None
+    for i, (clip, result) in enumerate(results.items()):
+        draw_losses(config, top, clip, result, COLORS[i % len(COLORS)])
+        panel = figure.add_subplot(grid[1, i], sharey=panel)
+        draw_norms(panel, clip, result.logs[0], COLORS[i % len(COLORS)])
+        for step in outlier_steps(config, seed=0):
+            for axes in (top, panel):
+                axes.axvline(step, color="0.85", lw=4, zorder=0)
+    title = "Adapters learn another text; gray: seed 0's batches with an outlier"
+    top.set(title=title, xlabel="step", ylabel="validation loss, nats a character")
+    top.legend(title="clip: final loss")
+    figure.savefig(path, dpi=90)
+
+
+def draw_losses(
+    config: Config, axes: Any, clip: str, result: Result, color: str
+) -> None:
+    n = result.losses.shape[1]
+    steps = np.minimum(np.arange(n) * config.every, config.steps)
+    label = f"{clip}: {result.losses[:, -1].mean():.3f}"
+    axes.plot(steps, result.losses.mean(0), ".-", color=color, lw=2, label=label)
+    low, high = result.losses.min(0), result.losses.max(0)
+    axes.fill_between(steps, low, high, color=color, alpha=0.15)
+
+
+def draw_norms(axes: Any, clip: str, log: LogData, color: str) -> None:
+    axes.plot(log.step, log.norm, color=color, lw=1, label="norm")
+    if np.isfinite(log.threshold).any():
+        limits = np.where(np.isfinite(log.threshold), log.threshold, np.nan)
+        axes.plot(log.step, limits, color="black", lw=1, ls="--", label="threshold")
+    axes.set(yscale="log", xlabel="step", title=clip)
+    axes.set(ylabel="gradient of the adapters")
+    axes.legend(fontsize="small")
+
+
+def main() -> None:
+    config = read_config()
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The model is on every device there is, and a batch is shared out among them.
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",), (AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    base = pretrain(config, sharding)
+    results = {}
+    for clip in config.clip.split(","):
+        losses, logs = [], []
+        for seed in range(config.seeds):
+            path = folder / f"{clip}-seed{seed}.jsonl"
+            losses.append(fine_tune(config, base, clip, seed, path, sharding))
+            logs.append(read(path))
+            report(logs[-1], path.with_suffix(".html"), title=f"lora, {path.stem}")
+        results[clip] = Result(np.array(losses), logs)
+    picture(config, results, folder / "lora.png")
+    adapters = next(iter(results.values())).logs[0].metadata["parameter_count"]
+    whole = sum(x.size for x in jax.tree.leaves(nnx.state(base, nnx.Param)))
+    print(f"Adapters of {adapters:,} parameters on a base of {whole:,}.")
+    print(table(results))
+    print(f"In {folder}/ are lora.png and, of each run, log and report.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,451 @@
+"""Which of two symbols came first? A recurrent network, and the cliff it trains on.
+
+    pip install "optaxclip[examples]"
+    python temporal_order.py    # nine runs of eight seeds, a table, a picture, reports
+    python temporal_order.py --clip none,percentile --lengths 20 --seeds 32
+    python temporal_order.py --rate 0.01 --updates 60000        # as the authors trained
+
+Pascanu, Mikolov and Bengio ("On the difficulty of training recurrent neural networks",
+2013) clipped gradients for this task: two of the symbols of a sequence are an A or a B,
+the others mean nothing, and after the last one a plain tanh network (Flax NNX) says
+which two there were, and in which order. The longer the sequence, the steeper the
+cliffs of its loss, and plain SGD leaps off them. Every clip meets the same networks and
+the same sequences. All seeds of a run train at once, under `vmap`, many updates a call,
+under `scan`, and several devices share the seeds. The script also draws the authors'
+own picture of a cliff: the error of one unit.
+
+A name ends in the axes of its array: S seeds, B batch, T time, I inputs, H hidden
+units, K classes, C checks.
+"""
+
+import argparse
+import csv
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import optaxclip
+from optaxclip.audit import ClipLog, read, report
+
+
+def option(default: Any, comment: str) -> Any:
+    """A field whose comment is also its line of `--help`."""
+    return dataclasses.field(default=default, metadata={"help": comment})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # The comparison.
+    clip: str = option("none,constant,percentile", "runs to make, from CLIPS")
+    lengths: str = option(
+        "10,20,30", "symbols a sequence; every clip meets each length"
+    )
+    seeds: int = option(8, "networks a run, trained at the same time")
+    max_norm: float = option(1.0, "constant: largest norm of the gradient")
+    # The training.
+    updates: int = option(4000, "give up on a network after so many")
+    every: int = option(50, "updates between two checks whether a network solves it")
+    batch: int = option(20, "sequences a batch")
+    rate: float = option(0.1, "learning rate of plain SGD")
+    units: int = option(50, "hidden units")
+    # A network solves the task once it gets 99 % of so many sequences right.
+    check: int = option(1000, "fresh sequences a check")
+    out: str = option(
+        "runs/temporal_order", "folder for metrics, logs, reports, picture"
+    )
+
+
+def read_config() -> Config:
+    parser = argparse.ArgumentParser(
+        description=str(__doc__).splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for field in dataclasses.fields(Config):
+        flag = f"--{field.name.replace('_', '-')}"
+        text = field.metadata["help"]
+        parser.add_argument(flag, type=field.type, default=field.default, help=text)
+    config = Config(**vars(parser.parse_args()))
+    if unknown := set(config.clip.split(",")) - set(CLIPS):
+        parser.error(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
+    if min(lengths(config)) < 10:
+        parser.error(f"--lengths must be at least 10 symbols, got {config.lengths}")
+    if config.updates % config.every:
+        parser.error(f"--updates must be a multiple of --every, {config.every}")
+    return config
+
+
+def lengths(config: Config) -> list[int]:
+    return [int(length) for length in config.lengths.split(",")]
+
+
+# --- clips ----------------------------------------------------------------------------
+
+
+def sgd(config: Config, clip: optax.GradientTransformation) -> Any:
+    return optax.chain(clip, optax.sgd(config.rate))
+
+
+# A line a run: from the configuration to the optimizer.
+CLIPS = {
+    # An infinite threshold clips nothing, and measures all the same.
+    "none": lambda c: sgd(c, optaxclip.clip_by_global_norm(jnp.inf)),
+    # What the authors did, by hand.
+    "constant": lambda c: sgd(c, optaxclip.clip_by_global_norm(c.max_norm)),
+    # What nobody has to tune.
+    "percentile": lambda c: optaxclip.skip_nonfinite(
+        sgd(c, optaxclip.clip_by_percentile())
+    ),
+}
+
+
+# --- data -----------------------------------------------------------------------------
+
+SYMBOLS, CLASSES = 6, 4
+
+
+def temporal_order(
+    key: jax.Array, batch: int, length: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sequences of six symbols, and which two of A and B stand in which order.
+
+    One A or B stands in the second tenth of a sequence, another in the sixth, and
+    symbols that mean nothing stand everywhere else: AA, AB, BA and BB are the classes.
+    """
+    tenth = length // 10
+    keys = jax.random.split(key, 3)
+    symbols_BT = jax.random.randint(keys[0], (batch, length), 2, SYMBOLS)
+    marks_B2 = jax.random.randint(keys[1], (batch, 2), 0, 2)
+    places_B2 = jax.random.randint(keys[2], (batch, 2), 0, tenth)
+    places_B2 += jnp.array([tenth, length // 2])
+    symbols_BT = symbols_BT.at[jnp.arange(batch)[:, None], places_B2].set(marks_B2)
+    labels_B = marks_B2 @ jnp.array([2, 1])
+    return jax.nn.one_hot(symbols_BT, SYMBOLS), labels_B
+
+
+# --- model ----------------------------------------------------------------------------
+
+
+class RNN(nnx.Module):
+    """A plain tanh cell, read out by a linear layer after the last step."""
+
+    def __init__(self, *, inputs: int, units: int, outputs: int, rngs: nnx.Rngs):
+        small = jax.nn.initializers.normal(0.1)
+        self.cell = nnx.SimpleCell(
+            inputs,
+            units,
+            kernel_init=small,
+            recurrent_kernel_init=small,
+            rngs=rngs,
+        )
+        self.readout = nnx.Linear(units, outputs, kernel_init=small, rngs=rngs)
+
+    def __call__(self, inputs_BTI: jax.Array) -> jax.Array:
+        def step(state_BH: jax.Array, inputs_BI: jax.Array):
+            state_BH, _ = self.cell(state_BH, inputs_BI)
+            return state_BH, None
+
+        start_BH = jnp.zeros((len(inputs_BTI), self.cell.hidden_features))
+        last_BH, _ = jax.lax.scan(step, start_BH, inputs_BTI.swapaxes(0, 1))
+        return self.readout(last_BH)
+
+
+def cross_entropy(model: RNN, inputs_BTI: jax.Array, labels_B: jax.Array) -> jax.Array:
+    logits_BK = model(inputs_BTI)
+    losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, labels_B)
+    return losses_B.mean()
+
+
+def new_model(config: Config, key: jax.Array) -> tuple[Any, Any]:
+    """The network of one seed, as `nnx.split` gives it."""
+    rngs = nnx.Rngs(key)
+    return nnx.split(
+        RNN(inputs=SYMBOLS, units=config.units, outputs=CLASSES, rngs=rngs)
+    )
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def new_states(config: Config, tx: Any) -> tuple[Any, jax.Array]:
+    """Parameters and optimizer states of all seeds, and a key for each."""
+
+    def new_state(key: jax.Array) -> Any:
+        _, params = new_model(config, key)
+        return params, tx.init(params)
+
+    key_S = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+    # Seeds do not know of each other: as many devices as divide them share them.
+    devices = math.gcd(config.seeds, jax.device_count())
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((devices,), ("seed",), auto, devices=jax.devices()[:devices])
+    by_seed = NamedSharding(mesh, PartitionSpec("seed"))
+    return jax.device_put((jax.vmap(new_state)(key_S), key_S), by_seed)
+
+
+def stretch_of(config: Config, tx: Any, length: int) -> Callable[..., Any]:
+    """From states and keys of all seeds to states `every` updates on, and a check."""
+    graphdef, _ = new_model(config, jax.random.key(0))
+
+    def loss_of(params: Any, inputs_BTI: jax.Array, labels_B: jax.Array) -> jax.Array:
+        return cross_entropy(nnx.merge(graphdef, params), inputs_BTI, labels_B)
+
+    def update(state: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        params, opt_state = state
+        batch = temporal_order(key, config.batch, length)
+        loss, grads = jax.value_and_grad(loss_of)(params, *batch)
+        updates, opt_state = tx.update(grads, opt_state, params, loss=loss)
+        params = optax.apply_updates(params, updates)
+        return (params, opt_state), (loss, optaxclip.metrics(opt_state)["grad_norm"])
+
+    def stretch(state: Any, key: jax.Array, number: jax.Array) -> tuple[Any, dict]:
+        # Seeded by its number: every clip sees the same sequences.
+        keys = jax.random.split(jax.random.fold_in(key, number), config.every + 1)
+        state, (losses, norms) = jax.lax.scan(update, state, keys[1:])
+        inputs_BTI, labels_B = temporal_order(keys[0], config.check, length)
+        guesses_B = nnx.merge(graphdef, state[0])(inputs_BTI).argmax(-1)
+        return state, {
+            "loss": losses.mean(),
+            "wrong": (guesses_B != labels_B).mean(),
+            "norm": norms.max(),
+            "clipped": optaxclip.metrics(state[1])["clip_fraction"],
+        }
+
+    return jax.jit(jax.vmap(stretch, in_axes=(0, 0, None)))
+
+
+def train(config: Config, name: str, length: int, path: Path) -> dict[str, np.ndarray]:
+    """Columns of shape (checks, seeds); the log of the first seed goes to the path."""
+    tx = optaxclip.record_history(CLIPS[name](config), config.every, leaf_norms=True)
+    state, key_S = new_states(config, tx)
+    stretch = stretch_of(config, tx, length)
+
+    path.unlink(missing_ok=True)  # a log that exists would be gone on with
+    log = ClipLog(
+        path,
+        params=jax.tree.map(lambda x_S: x_S[0], state[0]),
+        transform=name,
+        hyperparameters=dataclasses.asdict(config) | {"length": length},
+    )
+    rows, solved_S = [], np.zeros(config.seeds, bool)
+    bar = tqdm(total=config.updates, desc=f"{name}, length {length}", unit="update")
+    for number in range(config.updates // config.every):
+        state, row = stretch(state, key_S, number)
+        rows.append(jax.device_get(row))
+        log.update(state[1])
+        solved_S |= rows[-1]["wrong"] <= 0.01
+        bar.set_postfix_str(f"solved {solved_S.sum()}/{config.seeds}", refresh=False)
+        bar.update(config.every)
+        if solved_S.all():
+            break
+    bar.close()
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+def updates_to_solve(config: Config, run: dict[str, np.ndarray]) -> np.ndarray:
+    """Of each seed; infinite for one that the run gave up on."""
+    solved_CS = run["wrong"] <= 0.01
+    first_S = config.every * (1.0 + solved_CS.argmax(0))
+    return np.where(solved_CS.any(0), first_S, np.inf)
+
+
+# --- the cliff ------------------------------------------------------------------------
+
+START, TARGET = (4.51, -2.21), 0.7  # weight and bias to start from; the wanted output
+CLIFF_RATE, CLIFF_NORM, CLIFF_STEPS = 0.1, 0.1, 30
+
+
+def unit_error(weight: Any, bias: Any) -> jax.Array:
+    """Of one unit that feeds itself for 50 steps, as in Figure 6 of the paper."""
+
+    def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return weight * jax.nn.sigmoid(x) + bias, None
+
+    start = jnp.full(jnp.shape(weight), 0.5)
+    last, _ = jax.lax.scan(step, start, None, 50)
+    return (jax.nn.sigmoid(last) - TARGET) ** 2
+
+
+def descend(clip: optax.GradientTransformation) -> dict[str, np.ndarray]:
+    """The path of gradient descent over the weight and the bias: a row a step."""
+    tx = optax.chain(clip, optax.sgd(CLIFF_RATE))
+
+    def step(state: Any, _: None) -> tuple[Any, dict[str, jax.Array]]:
+        place, opt_state = state
+        error, slope = jax.value_and_grad(lambda p: unit_error(*p))(place)
+        updates, opt_state = tx.update(slope, opt_state)
+        row = {"place": place, "error": error, "norm": optaxclip.global_norm(slope)}
+        return (optax.apply_updates(place, updates), opt_state), row
+
+    start = jnp.array(START)
+    return jax.device_get(
+        jax.lax.scan(step, (start, tx.init(start)), None, CLIFF_STEPS)[1]
+    )
+
+
+# --- output ---------------------------------------------------------------------------
+
+Runs = dict[tuple[str, int], dict[str, np.ndarray]]
+Paths = dict[str, dict[str, np.ndarray]]
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKS = {"ms": 5, "lw": 1.5}
+
+
+def save(config: Config, runs: Runs, path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["clip", "length", "seed", "update", *next(iter(runs.values()))]
+        )
+        for (name, length), run in runs.items():
+            for check, seed in np.ndindex(run["loss"].shape):
+                at = [name, length, seed, config.every * (check + 1)]
+                writer.writerow(at + [column[check, seed] for column in run.values()])
+
+
+def wilson(solved: int, seeds: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a rate: honest for eight seeds, at 0 and 1 too."""
+    z, rate = 1.96, solved / seeds
+    middle = (rate + z**2 / (2 * seeds)) / (1 + z**2 / seeds)
+    half = z * math.sqrt(rate * (1 - rate) / seeds + (z / (2 * seeds)) ** 2)
+    half /= 1 + z**2 / seeds
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+HEADER = "length  clip         solved  95 % interval  updates  clipped  largest norm"
+
+
+def table(config: Config, runs: Runs) -> str:
+    """A line a run: the median of the updates to solve, and the largest norm of all."""
+    lines = [HEADER]
+    for (name, length), run in runs.items():
+        updates_S = updates_to_solve(config, run)
+        solved, seeds = int(np.isfinite(updates_S).sum()), len(updates_S)
+        low, high = wilson(solved, seeds)
+        median = np.median(updates_S)
+        updates = f"{median:.0f}" if np.isfinite(median) else f">{config.updates}"
+        lines.append(
+            f"{length:>6}  {name:<11}{f'{solved}/{seeds}':>8}"
+            f"{f'{low:.0%} to {high:.0%}':>15}{updates:>9}"
+            f"{run['clipped'][-1].mean():>9.1%}{run['norm'].max():>14.1f}"
+        )
+    return "\n".join(lines)
+
+
+def cliff_table(paths: dict[str, dict[str, np.ndarray]]) -> str:
+    lines = ["one unit       largest norm  longest step  error at the end"]
+    for name, path in paths.items():
+        steps = np.linalg.norm(np.diff(path["place"], axis=0), axis=1)
+        lines.append(
+            f"{name:<15}{path['norm'].max():>12.1f}{steps.max():>14.3f}"
+            f"{path['error'][-1]:>18.4f}"
+        )
+    return "\n".join(lines)
+
+
+def picture(config: Config, runs: Runs, paths: Paths, path: Path) -> None:
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    (rates, updates), (surface, errors) = figure.subplots(2, 2)
+    names = config.clip.split(",")
+    for i, (name, color) in enumerate(zip(names, COLORS, strict=False)):
+        beside = 0.22 * (i - (len(names) - 1) / 2)  # not on top of each other
+        found = {
+            place + beside: updates_to_solve(config, runs[name, length])
+            for place, length in enumerate(lengths(config))
+        }
+        draw_rates(rates, name, found, color)
+        draw_updates(updates, found, color, config.updates)
+    rates.set(title="How many seeds solve the task (bars: 95 % intervals)")
+    rates.set(ylabel="share of seeds", ylim=(-0.03, 1.03))
+    rates.legend(title="clip", loc="lower left")
+    updates.set(title="How soon (a dot is a seed, a hollow one never solved it)")
+    updates.set(ylabel="updates until 99 % are right", yscale="log")
+    for axes in (rates, updates):
+        axes.set_xticks(range(len(lengths(config))), lengths(config))
+        axes.set(xlabel="symbols a sequence", xlim=(-0.5, len(lengths(config)) - 0.5))
+    draw_surface(surface, paths)
+    draw_errors(errors, paths)
+    figure.savefig(path, dpi=120)
+
+
+def draw_rates(axes: Any, name: str, found: dict, color: str) -> None:
+    counts = [(int(np.isfinite(x_S).sum()), len(x_S)) for x_S in found.values()]
+    shares = [solved / seeds for solved, seeds in counts]
+    low, high = zip(*[wilson(*count) for count in counts], strict=True)
+    axes.plot(list(found), shares, "o-", color=color, lw=2, label=name)
+    axes.vlines(list(found), low, high, color=color, lw=4, alpha=0.3)
+
+
+def draw_updates(axes: Any, found: dict, color: str, budget: int) -> None:
+    for at, updates_S in found.items():
+        solved_S = np.isfinite(updates_S)
+        spread_S = at + np.linspace(-0.08, 0.08, len(updates_S))
+        axes.plot(spread_S[solved_S], updates_S[solved_S], "o", ms=5, color=color)
+        never_S = np.where(solved_S, np.nan, budget)
+        axes.plot(spread_S, never_S, "o", ms=5, mfc="none", color=color)
+
+
+def draw_surface(axes: Any, paths: Paths) -> None:
+    """The error over weight and bias, the paths, and a closer look at the cliff."""
+    near = axes.inset_axes((0.52, 0.04, 0.44, 0.44))
+    axes.set(xlim=(4, 7.5), ylim=(-3, 2.2))
+    near.set(xlim=(4.44, 4.52), ylim=(-2.29, -2.2), xticks=[], yticks=[])
+    for ax in (axes, near):
+        ends = (ax.get_xlim(), ax.get_ylim())
+        grid = np.meshgrid(*(np.linspace(low, high, 400) for low, high in ends))
+        error = jax.jit(unit_error)(*map(jnp.asarray, grid))
+        scale = PowerNorm(0.5, 0, 0.4)
+        heights = ax.pcolormesh(*grid, error, cmap="Greys", norm=scale, rasterized=True)
+        for (name, path), color in zip(paths.items(), COLORS, strict=False):
+            ax.plot(*path["place"].T, ".-", color=color, label=name, **MARKS)
+    axes.indicate_inset_zoom(near, edgecolor="black", alpha=1)
+    axes.set(title="A cliff: the error of one unit after 50 steps, and two descents")
+    axes.set(xlabel="weight", ylabel="bias")
+    axes.legend(loc="upper left")
+    axes.figure.colorbar(heights, ax=axes, label="squared error")
+
+
+def draw_errors(axes: Any, paths: Paths) -> None:
+    for (name, path), color in zip(paths.items(), COLORS, strict=False):
+        axes.plot(path["error"], ".-", color=color, label=name, **MARKS)
+    axes.set(title="The same descents: where the step off the cliff leads")
+    axes.set(xlabel="step", ylabel="squared error", yscale="log")
+    axes.legend()
+
+
+def main() -> None:
+    config = read_config()
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs: Runs = {}
+    for length in lengths(config):
+        for name in config.clip.split(","):
+            path = folder / f"{name}-length{length}.jsonl"
+            runs[name, length] = train(config, name, length, path)
+            title = f"temporal_order, {name}, length {length}"
+            report(read(path), path.with_suffix(".html"), title=title)
+    paths = {
+        "no clip": descend(optaxclip.clip_by_global_norm(jnp.inf)),
+        f"norm held to {CLIFF_NORM}": descend(
+            optaxclip.clip_by_global_norm(CLIFF_NORM)
+        ),
+    }
+    save(config, runs, folder / "metrics.csv")
+    picture(config, runs, paths, folder / "temporal_order.png")
+    print(table(config, runs), cliff_table(paths), sep="\n\n")
+    print(f"In {folder}/ are temporal_order.png and, of each run, log and report.")
+
+
+if __name__ == "__main__":
+    main()
