@@ -41,7 +41,7 @@ CLIPS = {
     "clip_by_leaf_norm": lambda: optaxclip.clip_by_leaf_norm(1.0),
     "clip_by_block_rms": lambda: optaxclip.clip_by_block_rms(1.0),
     "adaptive_grad_clip": lambda: optaxclip.adaptive_grad_clip(0.1),
-    "clip_by_percentile": lambda: optaxclip.clip_by_percentile(95),
+    "clip_by_percentile": lambda: optaxclip.clip_by_percentile(),
     "autoclip": lambda: optaxclip.autoclip(10),
     "zclip": lambda: optaxclip.zclip(),
     "adagc": lambda: optaxclip.adagc(),

@@ -28,7 +28,7 @@ class Training:
     """A multilayer perceptron under a percentile clip and AdamW."""
 
     def __init__(self, width, batch, layers, length=None):
-        tx = optax.chain(optaxclip.clip_by_percentile(95), optax.adamw(1e-3))
+        tx = optax.chain(optaxclip.clip_by_percentile(), optax.adamw(1e-3))
         tx = optaxclip.record_history(tx, length) if length else tx
         rng = np.random.default_rng(0)
         kernels = rng.normal(0, width**-0.5, (layers, width, width))

@@ -14,6 +14,8 @@ from optaxclip import rules, unit_axes
 
 LOW = 0.05  # a threshold that every tree below exceeds at first
 HIGH = 1e6  # one that none reaches
+# `clip_by_percentile` as a guard alone: a percentile of the norms before.
+GUARD: Any = {"factor": 1.0, "ramp": 0, "include_current": False}
 
 # name -> threshold and `axis_name=`, if any -> transformation. A new transform gets a
 # row here, and with it every contract test. Adaptive ones take the threshold as a cap.
@@ -37,10 +39,10 @@ TRANSFORMS = {
         **axis,
     ),
     "clip_by_percentile": lambda t, **axis: optaxclip.clip_by_percentile(
-        95, 20, max_norm=t, **axis
+        95, 20, max_norm=t, **GUARD, **axis
     ),
     "clip_by_percentile(leaf)": lambda t, **axis: optaxclip.clip_by_percentile(
-        95, 5, max_norm=t, norm=optaxclip.leaf_norm, **axis
+        95, 5, max_norm=t, norm=optaxclip.leaf_norm, **GUARD, **axis
     ),
     "autoclip": lambda t, **axis: optaxclip.autoclip(10, 20, max_norm=t, **axis),
     "zclip": lambda t, **axis: optaxclip.zclip(warmup=2, max_norm=t, **axis),
@@ -66,6 +68,7 @@ TRANSFORMS = {
 # row here, and with it every contract test of rules. Warm-ups are of 10 norms at most.
 RULES = {
     "quantile": (lambda q: optaxclip.quantile(q, 20), (0.9,)),
+    "quantile(ramp)": (lambda q: optaxclip.quantile(q, 20, ramp=10), (0.9,)),
     "quantile(include_current)": (
         lambda q: optaxclip.quantile(q, 20, include_current=True),
         (0.7,),

@@ -78,7 +78,7 @@ def migrate_state(
       >>> sgd = optax.sgd(0.1, momentum=0.9)
       >>> old = optax.chain(optax.clip_by_global_norm(1.0), sgd)
       >>> _, old_state = old.update(jnp.array([0.3, 0.4]), old.init(params))
-      >>> tx = optax.chain(optaxclip.clip_by_percentile(95), sgd)
+      >>> tx = optax.chain(optaxclip.clip_by_percentile(), sgd)
       >>> state = optaxclip.migrate_state(old_state, tx, params)
       >>> print(optax.tree.get(state, "trace"), state[0].step_count)
       [0.3 0.4] 0

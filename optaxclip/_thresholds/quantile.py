@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._show import chosen, shown
+from optaxclip._show import chosen, default, shown
 from optaxclip._thresholds._memory import Number, PyTree, no_bound, per_norm
 
 
@@ -31,18 +31,20 @@ def quantile(
     *,
     include_current: bool = False,
     min_count: int = 1,
+    ramp: int = default(0),
 ) -> optax.GradientTransformation:
     r"""A quantile of the last norms: the threshold most of them stayed below.
 
     .. math::
 
-        T = x_{(j)} + (h - j) \, (x_{(j+1)} - x_{(j)}), \quad
+        T = \min(1, m / R) \, (x_{(j)} + (h - j) \, (x_{(j+1)} - x_{(j)})), \quad
         h = q \, (m - 1), \; j = \lfloor h \rfloor
 
     where :math:`x_{(0)} \le \dots \le x_{(m-1)}` are the last :math:`m \le N` norms in
     ascending order: ``numpy.quantile`` of them, with its default linear interpolation
-    (type 7 of Hyndman and Fan). Of norms that come independently from one distribution
-    a share of about :math:`1 - q + (2q - 1) / (m + 1)` exceeds it.
+    (type 7 of Hyndman and Fan), times a ramp while fewer than :math:`R` are recorded.
+    Of norms that come independently from one distribution a share of about
+    :math:`1 - q + (2q - 1) / (m + 1)` exceeds the quantile.
 
     Raw norms are recorded, so it follows a lasting rise within :math:`(1 - q) N` steps
     and a fall within :math:`q N`. As long as the window, once full, holds no more than
@@ -64,6 +66,11 @@ def quantile(
         for want of data, :math:`(2q - 1) \sum_m 1 / (m + 1)`, that is 1.7 for
         ``min_count=10`` and q 0.95, and leaves as many unprotected where training is
         least stable.
+      ramp: While fewer norms are recorded, from 0 to ``window``, the threshold is that
+        share of the quantile: with 100, a hundredth of it at the first norm, half of it
+        at the 50th. Norms fall steeply in the first steps of most runs, so a threshold
+        from the norms so far bounds nothing there, and an optimizer remembers those
+        steps for long: Adam's second moment for 1,000. The default 0 is no ramp.
 
     Returns:
       A rule with :class:`QuantileState`: thresholds of the shapes and dtypes of the
@@ -83,7 +90,8 @@ def quantile(
 
     Raises:
       ValueError: ``q`` is a concrete number outside [0, 1]; ``window`` is not an
-        integer of at least 1, or ``min_count`` not one from 1 to ``window``.
+        integer of at least 1, ``min_count`` not one from 1 to ``window``, or ``ramp``
+        not one from 0 to ``window``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,6 +122,8 @@ def quantile(
     window, min_count = chosen(window), chosen(min_count)
     _checks.count("quantile", "window", window)
     _checks.count("quantile", "min_count", min_count, most=window)
+    ramp = chosen(ramp)
+    _checks.count("quantile", "ramp", ramp, least=0, most=window)
 
     def init_one(norm: jax.Array) -> QuantileState:
         def padding() -> jax.Array:
@@ -131,6 +141,9 @@ def quantile(
         new = _record(norm, state)
         known = new if include_current else state
         threshold = _interpolate(known.quantile_sorted, known.quantile_count, q)
+        if ramp > 1:
+            share = jnp.minimum(known.quantile_count, ramp).astype(norm.dtype) / ramp
+            threshold = share * threshold
         ready = known.quantile_count >= min_count
         return jnp.where(ready, threshold, jnp.inf), new
 

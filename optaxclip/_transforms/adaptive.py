@@ -38,6 +38,10 @@ def zclip(
     equations, the reason, and the options for the published recursion, which also has a
     ``max_norm`` of 1 by default.
 
+    On the eleven trainings of ``docs/choosing.md`` it is at most 27.0 % worse than the
+    best of nine constants (a recurrent
+    network under SGD), and 6.4 % on average.
+
     Args:
       z_threshold: :math:`z^* > 0`.
       decay: The decay of the running mean and deviation, in [0, 1).
@@ -100,6 +104,9 @@ def adagc(
     ten steps, by 30 % in seven, and a mean that is fed clipped norms doubles in 690
     steps at best. ``clip_by(leaf_norm, optax.chain(quantile(0.5, 100),
     optax.scale(2.0)))`` is one.
+
+    On the eleven trainings of ``docs/choosing.md`` it is at most 43.8 % worse than the
+    best of nine constants (PPO), and 5.4 % on average.
 
     Args:
       ratio: :math:`\lambda > 1`.

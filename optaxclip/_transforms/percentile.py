@@ -3,82 +3,107 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from optaxclip import _checks
 from optaxclip._kernel import Norm, clip_by
 from optaxclip._norms import AxisName, global_norm
-from optaxclip._show import default
-from optaxclip._thresholds import Rule, Threshold, lowest, quantile
+from optaxclip._show import chosen, default
+from optaxclip._thresholds import Number, Rule, Threshold, lowest, quantile
 
 
 def clip_by_percentile(
-    percentile: float = 95.0,
+    percentile: float = 10.0,
     window: int = default(1000),
     max_norm: Threshold | None = None,
     *,
+    factor: Number = 1.5,
+    ramp: int = default(100),
+    include_current: bool = default(True),
     min_count: int = default(1),
     norm: Norm = default(global_norm),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips to a percentile of the last norms: no threshold to tune.
+    r"""Clips to 1.5 times the 10th percentile of the last norms: nothing to tune.
 
-    .. math:: T_t = P_p(n_{t-1}, \dots, n_{t-N}), \quad
+    .. math:: T_t = c \cdot \min(1, m / R) \cdot P_p(n_{t-N+1}, \dots, n_t), \quad
               g \leftarrow g \cdot \min(1, T_t / n_t)
 
-    Norms are recorded as they come, before clipping, so the threshold follows the
-    training wherever it goes; the current norm has no say in its own threshold. About
-    ``100 - percentile`` percent of ordinary steps are clipped, most of them by little.
-    Spikes are clipped to an ordinary norm. The window is a compromise: the threshold
-    follows a lasting rise within ``(1 - percentile / 100) * window`` steps, and
-    withstands as many spikes in a window.
+    where :math:`m \le N` norms are recorded, as they come, before clipping.
 
-    Median times k, the rule of the Zipformer recipes, is the same rule with another
-    quantile and a factor: ``clip_by(global_norm, optax.chain(quantile(0.5, 100),
-    optax.scale(2.0)))``.
+    On the eleven trainings of ``docs/choosing.md`` it is at most 3.3 % worse than the
+    best of nine constants, and 0.2 % on average.
+
+    The defaults come from there, and each has its reason:
+
+    * A low percentile of a long window falls within ``percentile / 100 * window``
+      steps and rises within the rest. So the threshold comes down with the norms, and
+      a burst of spikes does not raise it.
+    * The factor leaves the smaller steps as they are, and most of the length of the
+      others, so that plain SGD keeps most of its learning rate. A spike is clipped to
+      the size of an ordinary step.
+    * The ramp makes the first steps small. Norms are largest there, and Adam's second
+      moment remembers them for :math:`1 / (1 - \beta_2)` steps.
+
+    ``clip_by_percentile(95, factor=1.0, ramp=0, include_current=False)`` only guards
+    against spikes: about one ordinary step in twenty is clipped, most of them by
+    little. The rule of the Zipformer recipes, twice the median, is
+    ``clip_by_percentile(50, 100, factor=2.0, ramp=0, include_current=False)``.
 
     Args:
       percentile: :math:`p` in [0, 100].
       window: The number :math:`N \ge 1` of norms to look back on.
       max_norm: A cap on the threshold: a number, an array of shape () or a schedule.
+      factor: :math:`c`, a positive number that multiplies the percentile. A traced
+        one below 0 counts as 0.
+      ramp: :math:`R`, the number of norms over which the threshold rises from 0 to its
+        full value; 0 is no ramp. A number above ``window`` counts as ``window``.
+      include_current: Whether the current norm counts for its own threshold. If not,
+        the first step has no threshold but ``max_norm``.
       min_count: The number of norms to record before the percentile is used. Until
-        then the threshold is ``max_norm``, or infinite without one.
+        then the threshold is ``max_norm``, or infinite without one: the steps that a
+        ramp is for are then not clipped.
       norm: What to measure; :func:`optaxclip.leaf_norm` gives every leaf a window of
         its own.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`, which holds two windows of
-      float32; dtypes are kept.
+      the dtype of the norms; dtypes are kept.
 
       ==========================  ==================================================
       step                        result
       ==========================  ==================================================
-      the first                   clipped by ``max_norm`` only
+      the first                   scaled to ``factor / ramp`` of itself, 1.5 %; without
+                                  ``include_current`` clipped by ``max_norm`` only
       a norm of 0                 not clipped and not recorded
       a norm not finite           not recorded; see :func:`optaxclip.clip_by`
-      all norms equal             not clipped
+      all norms equal             not clipped, once the ramp is over
       ==========================  ==================================================
 
     Raises:
       ValueError: ``percentile`` is outside [0, 100], ``window`` is not an integer of
-        at least 1, ``min_count`` is not one from 1 to ``window``, or ``max_norm`` is
+        at least 1, ``min_count`` is not one from 1 to ``window``, ``ramp`` is not one
+        of at least 0, ``factor`` is not a finite number above 0, or ``max_norm`` is
         negative.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import optaxclip
-      >>> tx = optaxclip.clip_by_percentile(50, window=100)
+      >>> tx = optaxclip.clip_by_percentile(50, window=100, factor=1.0, ramp=0)
       >>> state = tx.init(jnp.zeros(1))
       >>> for grad in [1.0, 3.0, 2.0, 1000.0]:
       ...     updates, state = tx.update(jnp.array([grad]), state)
       ...     print(updates)
       [1.]
-      [1.]
       [2.]
       [2.]
+      [2.5]
 
     References:
       Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation
@@ -88,8 +113,18 @@ def clip_by_percentile(
       <https://arxiv.org/abs/2309.17316>`_, 2024
     """
     with _checks.made("clip_by_percentile"):
-        rule = quantile(_fraction(percentile), window, min_count=min_count)
-        return clip_by(norm, capped(rule, max_norm), axis_name=axis_name)
+        window, ramp = chosen(window), chosen(ramp)
+        _checks.count("quantile", "window", window)
+        _checks.count("quantile", "ramp", ramp, least=0)
+        rule = quantile(
+            _fraction(percentile),
+            window,
+            include_current=chosen(include_current),
+            min_count=min_count,
+            ramp=min(ramp, window),
+        )
+        rule = capped(_multiplied(rule, factor), max_norm)
+        return clip_by(norm, rule, axis_name=axis_name)
 
 
 def autoclip(
@@ -109,7 +144,10 @@ def autoclip(
     norms are forgotten, which the authors left as future work. (The original divides by
     :math:`n + 10^{-6}`.) At the percentile that they recommend, 10, nine steps in ten
     are clipped. That makes it a normalizer more than a guard: harmless before Adam, and
-    before SGD the same as a lower learning rate. :func:`clip_by_percentile` is a guard.
+    before SGD the same as a lower learning rate.
+
+    On the eleven trainings of ``docs/choosing.md`` it is at most 9.1 % worse than the
+    best of nine constants (Lion), and 2.1 % on average.
 
     Args:
       percentile: :math:`p` in [0, 100].
@@ -167,6 +205,28 @@ def _fraction(percentile: float) -> float:
             stacklevel=3,
         )
     return percentile / 100
+
+
+def _multiplied(rule: Rule, factor: Number) -> Rule:
+    """The rule with its thresholds times a factor; its state is the rule's own."""
+    _checks.check(
+        "quantile",
+        "factor",
+        factor,
+        lambda x: not x.ndim and 0 < x < np.inf,
+        "a number above 0 and below infinity",
+    )
+
+    def times(threshold: jax.Array) -> jax.Array:
+        # A factor that is scheduled may reach 0, and 0 times no bound is no bound.
+        bounded = jnp.maximum(jnp.asarray(factor, threshold.dtype), 0) * threshold
+        return jnp.where(jnp.isinf(threshold), threshold, bounded)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        thresholds, state = rule.update(updates, state, params)
+        return jax.tree.map(times, thresholds), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def capped(rule: Rule, max_norm: Threshold | None) -> Rule:

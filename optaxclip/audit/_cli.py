@@ -27,6 +27,7 @@ from optaxclip.audit._text import count, finite_json, printable, shown
 from optaxclip.audit._what_if import (
     SYNTAX,
     compare,
+    optimizer_of,
     outcome,
     outcome_table,
     parse_rule,
@@ -181,7 +182,7 @@ def _replay(args: argparse.Namespace) -> str:
 def _suggest(args: argparse.Namespace) -> str:
     data = _read(args.log)
     try:
-        fixed, percentile, remarks = suggest(data.norm)
+        fixed, percentile, remarks = suggest(data.norm, optimizer_of(data))
     except ValueError as error:
         raise _Failure(f"{args.log}: {error}") from None
     if args.json:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ import pytest
 import optaxclip
 from optaxclip.audit import _cli, compare, parse_rule, read, suggest
 from optaxclip.audit._report import statistics as stats
+from optaxclip.audit._what_if import optimizer_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = ("summary", "suggest", "replay", "report")
@@ -135,7 +137,8 @@ def test_skipped_steps_do_not_count_as_clipped(capsys, tmp_path):
 def test_suggest(capsys, run_log):
     assert _cli.main(["suggest", str(run_log)]) == 0
     out = capsys.readouterr().out
-    fixed, percentile, remarks = suggest(read(run_log).norm)
+    data = read(run_log)
+    fixed, percentile, remarks = suggest(data.norm, optimizer_of(data))
     for text in (fixed.setting, fixed.reason, percentile.reason, *remarks):
         assert text in " ".join(out.split())
     assert max(map(len, out.splitlines()[:-1])) <= 80
@@ -148,7 +151,8 @@ def test_suggest(capsys, run_log):
 def test_suggest_json(capsys, run_log):
     assert _cli.main(["suggest", str(run_log), "--json"]) == 0
     suggested = strict(capsys.readouterr().out)
-    expected = suggest(read(run_log).norm)
+    data = read(run_log)
+    expected = suggest(data.norm, optimizer_of(data))
     assert suggested["fixed"] == expected.fixed._asdict()
     assert suggested["percentile"] == expected.percentile._asdict()
     assert suggested["remarks"] == list(expected.remarks)
@@ -646,8 +650,9 @@ def test_the_entry_point():
     assert project["optional-dependencies"]["audit"] == ["matplotlib"]
 
 
-def test_a_terminal_that_lacks_a_character(run_log):
-    argv = ["-m", "optaxclip", "suggest", run_log]
+def test_a_terminal_that_lacks_a_character(run_log, tmp_path):
+    log = shutil.copy(run_log, tmp_path / "Gaïffas.jsonl")
+    argv = ["-m", "optaxclip", "suggest", log]
     result = python(*argv, env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert (result.returncode, result.stderr) == (0, b"")
     assert rb"Ga\xefffas" in result.stdout

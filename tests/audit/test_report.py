@@ -21,6 +21,7 @@ from optaxclip.audit import LogData, compare, parse_rule, read, report, suggest
 from optaxclip.audit._report import statistics as stats
 from optaxclip.audit._report.figures import draw_histogram
 from optaxclip.audit._text import number
+from optaxclip.audit._what_if import optimizer_of
 from optaxclip.audit._what_if.compare import cells, outcome
 
 report_module = sys.modules[report.__module__]
@@ -200,7 +201,7 @@ def test_events_are_rows_of_the_log(long_run):
 def test_replays_are_those_of_compare(long_run):
     data, path = long_run
     page = parsed(path)
-    fixed, percentile, _ = suggest(data.norm)
+    fixed, percentile, _ = suggest(data.norm, optimizer_of(data))
     rules = {
         fixed.setting: fixed.rule,
         percentile.setting: percentile.rule,

@@ -31,7 +31,7 @@ def cost(name, dtype=jnp.float32):
         "value": [optaxclip.clip_by_value(1.0)],
         "leaf": [optaxclip.clip_by_leaf_norm(1.0)],
         "rms": [optaxclip.clip_by_block_rms(1.0)],
-        "percentile": [optaxclip.clip_by_percentile(95)],
+        "percentile": [optaxclip.clip_by_percentile()],
         "autoclip": [optaxclip.autoclip(10)],
         "zclip": [optaxclip.zclip()],
     }

@@ -492,9 +492,9 @@ def test_a_threshold_follows_a_schedule(loop, by):
     [
         (
             optaxclip.clip_by_percentile,
-            ("window", "min_count", "norm"),
-            "percentile",
-            (95, 5),
+            ("window", "min_count", "norm", "ramp"),
+            "factor",
+            (10.0, 0.5),
         ),
         (optaxclip.zclip, ("warmup", "norm"), "z_threshold", (50.0, 1e-3)),
         (optaxclip.adaptive_grad_clip, (), "clipping", (10.0, 0.5)),
@@ -503,7 +503,8 @@ def test_a_threshold_follows_a_schedule(loop, by):
 )
 def test_an_adaptive_clip_is_tightened_while_training(make, static, argument, values):
     first, second = map(jnp.float32, values)
-    given = {"warmup": 2} if make is optaxclip.zclip else {}
+    given = {optaxclip.zclip: {"warmup": 2}, optaxclip.clip_by_percentile: {"ramp": 0}}
+    given = given.get(make, {})
     tx = optax.inject_hyperparams(make, static_args=static)(
         **given, **{argument: float(first)}
     )

@@ -289,7 +289,7 @@ def test_how_a_state_prints():
     tx = optaxclip.clip_by_percentile(95, window=100, norm=optaxclip.leaf_norm)
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     assert repr(state).startswith(
-        "ClipState(step_count=1, clip_count=0, nonfinite_count=0, "
+        "ClipState(step_count=1, clip_count=1, nonfinite_count=0, "
         "rule_state=QuantileState(quantile_ring={'dense/bias': float32[100], "
     )
     assert "grad_norm={'dense/bias': 1.41421, 'dense/kernel': 2.44949" in repr(state)

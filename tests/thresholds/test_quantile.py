@@ -181,3 +181,29 @@ def test_compiled_update_is_elementwise():
     text = step.as_text()
     assert not any(f" {op}(" in text for op in ("sort", "while", "scatter"))
     assert step.cost_analysis()["bytes accessed"] < 20 * 4 * window
+
+
+@pytest.mark.parametrize("include_current", [False, True])
+def test_a_ramp_multiplies_by_the_share_of_the_norms_that_it_waits_for(include_current):
+    norms = np.random.default_rng(0).lognormal(size=60)
+    kwargs: dict = {"include_current": include_current}
+    plain, _ = scan(quantile(0.3, 40, **kwargs), norms)
+    ramped, _ = scan(quantile(0.3, 40, ramp=25, **kwargs), norms)
+    recorded = np.arange(60) + include_current
+    share = np.minimum(recorded / 25, 1.0)
+    finite = slice(1 - include_current, None)
+    np.testing.assert_allclose(ramped[finite], (share * plain)[finite], rtol=1e-6)
+    assert np.all(np.isinf(ramped[: 1 - include_current]))
+
+
+def test_only_recorded_norms_carry_a_ramp_on():
+    """Zeros and bad steps leave it where it is."""
+    rule = quantile(0.5, 10, ramp=10, include_current=True)
+    thresholds, _ = scan(rule, np.array([1.0, 0.0, np.nan, 1.0, np.inf, 1.0]))
+    np.testing.assert_allclose(thresholds, [0.1, 0.1, 0.1, 0.2, 0.2, 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("ramp", [-1, 11, 1.0, True])
+def test_a_ramp_is_a_number_of_norms_of_the_window(ramp):
+    with pytest.raises(ValueError, match=r"`quantile\(ramp=.*from 0 to 10, got"):
+        quantile(0.5, 10, ramp=ramp)

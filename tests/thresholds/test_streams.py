@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_same_bits
+from cases import GUARD, assert_same_bits
 from streams import infinite
 
 import optaxclip
@@ -16,8 +16,9 @@ from optaxclip import clip_by, global_norm, leaf_norm, quantile, tracked_quantil
 
 MEDIAN = optax.chain(quantile(0.5, 100), optax.scale(2.0))
 CLIPS = {
-    "percentile": optaxclip.clip_by_percentile(),
-    "percentile(leaf)": optaxclip.clip_by_percentile(window=100, norm=leaf_norm),
+    "default": optaxclip.clip_by_percentile(),
+    "percentile": optaxclip.clip_by_percentile(95, **GUARD),
+    "percentile(leaf)": optaxclip.clip_by_percentile(95, 100, norm=leaf_norm, **GUARD),
     "autoclip": optaxclip.autoclip(window=200),
     "zclip": optaxclip.zclip(),
     "adagc": optaxclip.adagc(),
@@ -74,6 +75,7 @@ def lognormal(sigma, steps, streams=STREAMS, seed=0):
 # Percentiles: (1 - q) N + 10. A geometric memory: the rise, by the growth of a step.
 RISES = [1.5, 2, 4, 10, 100]
 WITHIN = {
+    "default": [910] * 5,
     "percentile": [60] * 5,
     "percentile(leaf)": [15] * 5,
     "autoclip": [190] * 5,
@@ -103,6 +105,7 @@ def test_recovers_from_a_lasting_rise(name, rise):
 # q N + 10. Geometric memories: the time in which they decay by that much.
 FALLS = [0.1, 0.01]
 FALLEN = {
+    "default": [110, 110],
     "percentile": [960, 960],
     "percentile(leaf)": [105, 105],
     "autoclip": [30, 30],
@@ -131,6 +134,7 @@ def test_follows_a_lasting_fall(name, fall):
 
 # Of lognormal norms with the median 1: mean over the streams, and the worst of them.
 SPIKES = {
+    ("default", 0.1): (1.35, 1.4),  # 1.5 times the 10th percentile of 0.88
     ("percentile", 0.1): (1.2, 1.3),
     ("percentile(leaf)", 0.1): (1.2, 1.3),
     ("autoclip", 0.1): (0.9, 1.0),
@@ -157,19 +161,20 @@ def test_spikes_and_a_second_one_soon_after(name, sigma):
 @pytest.mark.parametrize(
     ("tx", "multiple", "tolerated"),
     [
+        (CLIPS["default"], 1.5, 899),
         (CLIPS["percentile"], 1.0, 49),
         (CLIPS["percentile(leaf)"], 1.0, 4),
         (CLIPS["autoclip"], 1.0, 179),
         (CLIPS["median"], 2.0, 49),
     ],
-    ids=["percentile", "percentile(leaf)", "autoclip", "median"],
+    ids=["default", "percentile", "percentile(leaf)", "autoclip", "median"],
 )
 def test_a_burst_that_fits_moves_no_quantile_beyond_ordinary_norms(
     tx, multiple, tolerated
 ):
     """floor((1 - q)(N - 1)) spikes, and one more: the number is the very one."""
     for spikes, moved in [(tolerated, False), (tolerated + 1, True)]:
-        norms = lognormal(0.3, BEFORE + 300)
+        norms = lognormal(0.3, BEFORE + spikes + 100)
         largest = norms.max(axis=0)
         norms[BEFORE : BEFORE + spikes] = 1e4
         after, thresholds = clip(tx, norms)
@@ -279,8 +284,15 @@ def share_of_adagc(sigma, ratio=1.05):
 @pytest.mark.parametrize(
     ("tx", "sigma", "nominal", "bias"),
     [
+        # 1.5 times the 10th percentile of norms with the median 1.
+        (
+            CLIPS["default"],
+            0.5,
+            normal_cdf(-math.log(1.5) / 0.5 + 1.28155),
+            0.003,  # a percentile of 1,000 norms varies, and knows the norm itself
+        ),
         # Strict past: 1 - ((N - 1) q + 1) / (N + 1) for whole ranks (N - 1) q.
-        (optaxclip.clip_by_percentile(95, 101), 0.5, 1 - 96 / 102, 0.0),
+        (optaxclip.clip_by_percentile(95, 101, **GUARD), 0.5, 1 - 96 / 102, 0.0),
         # The norm itself in the window: of N ranks, those beyond (N - 1) q.
         (optaxclip.autoclip(10, 101), 0.5, 1 - 11 / 101, 0.0),
         # The median of N logarithms has the variance sigma^2 pi / (2 N).
@@ -298,7 +310,16 @@ def share_of_adagc(sigma, ratio=1.05):
         # No formula: 0.6 % of normal norms, and mean and deviation are of 33 of them.
         (CLIPS["zclip"], 0.1, 0.0165, 0.002),
     ],
-    ids=["percentile", "autoclip", "median", "tracked", "adagc.1", "adagc.3", "zclip"],
+    ids=[
+        "default",
+        "percentile",
+        "autoclip",
+        "median",
+        "tracked",
+        "adagc.1",
+        "adagc.3",
+        "zclip",
+    ],
 )
 def test_the_share_of_clipped_steps_is_the_nominal_one(tx, sigma, nominal, bias):
     """Within four standard errors over the streams, and what the formula leaves out."""

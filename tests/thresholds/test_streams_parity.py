@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import GUARD
 from streams import infinite
 
 import optaxclip
@@ -47,6 +48,14 @@ def past_quantiles(norms, q, window):
     return np.array([np.inf] + [np.quantile(past, q) for past in pasts])
 
 
+def ramped_percentiles(norms, percentile=10, window=1000, factor=1.5, ramp=100):
+    steps = range(1, len(norms) + 1)
+    counts = np.minimum(np.array(steps), window)
+    lasts = [norms[max(0, step - window) : step] for step in steps]
+    percentiles = np.array([np.percentile(last, percentile) for last in lasts])
+    return factor * np.minimum(1, counts / ramp) * percentiles
+
+
 def zscores(norms, alpha=0.97, z_max=2.5, warmup=25):
     low, mean, high = np.percentile(norms[:warmup], [25, 50, 75])
     sigma = (high - low) / 1.349
@@ -65,15 +74,16 @@ def zscores(norms, alpha=0.97, z_max=2.5, warmup=25):
     ("tx", "thresholds_of"),
     [
         (
-            optaxclip.clip_by_percentile(95, 150),
+            optaxclip.clip_by_percentile(95, 150, **GUARD),
             lambda norms: past_quantiles(norms, 0.95, 150),
         ),
         (
-            optaxclip.clip_by_percentile(95, 150, 1.3, min_count=20),
+            optaxclip.clip_by_percentile(95, 150, 1.3, min_count=20, **GUARD),
             lambda norms: np.minimum(
                 1.3, np.r_[[1.3] * 20, past_quantiles(norms, 0.95, 150)[20:]]
             ),
         ),
+        (optaxclip.clip_by_percentile(), ramped_percentiles),
         (
             optaxclip.clip_by(
                 optaxclip.global_norm,
@@ -89,7 +99,15 @@ def zscores(norms, alpha=0.97, z_max=2.5, warmup=25):
             lambda norms: np.minimum(1.2, zscores(norms)),
         ),
     ],
-    ids=["percentile", "min_count", "median", "zclip", "arguments", "max_norm"],
+    ids=[
+        "percentile",
+        "min_count",
+        "default",
+        "median",
+        "zclip",
+        "arguments",
+        "max_norm",
+    ],
 )
 def test_a_clip_is_its_equation(tx, thresholds_of):
     norms = with_spikes(0.3, 1000)
@@ -229,3 +247,15 @@ def test_skip_spikes_goes_on_at_a_new_level(rise, about):
     assert abs(skipped[300:400].sum(axis=0).mean() - about) <= 1
     assert skipped[300:400].sum(axis=0).max() <= about + 3
     assert skipped[300 + about + 10 :].mean() < 1e-3
+
+
+def test_a_scheduled_factor_may_reach_zero():
+    """Zero times no bound is no bound, and a factor below 0 counts as 0."""
+    make = optax.inject_hyperparams(optaxclip.clip_by_percentile, static_args="ramp")
+    tx = make(factor=lambda step: 1 - jnp.float32(step), ramp=0)
+    updates, _ = scan(tx, np.array([0.0, 0.0, 3.0, 0.0, 2.0], np.float32))
+    np.testing.assert_array_equal(updates, [0, 0, 0, 0, 0])
+    updates, _ = scan(
+        make(factor=lambda step: 0.5 + jnp.float32(step), ramp=0), np.ones(3, "f")
+    )
+    np.testing.assert_allclose(updates, [0.5, 1, 1], rtol=1e-6)

@@ -211,6 +211,15 @@ MESSAGES = {
         "`dynamic_loss_scale(backoff_factor=...)` must be a number that is above 0 and "
         "below 1, got '0.5'.",
     ),
+    "a factor of 0": (
+        lambda: optaxclip.clip_by_percentile(factor=0.0),
+        "`clip_by_percentile(factor=...)` must be a number above 0 and below infinity, "
+        "got 0.0.",
+    ),
+    "a ramp below 0": (
+        lambda: optaxclip.clip_by_percentile(ramp=-1),
+        "`clip_by_percentile(ramp=...)` must be an integer of at least 0, got -1.",
+    ),
     "a float window": (
         lambda: optaxclip.clip_by_percentile(window=2.0),
         f"`clip_by_percentile(window=...)` must be {INTEGER}, got 2.0.",

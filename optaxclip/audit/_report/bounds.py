@@ -10,14 +10,21 @@ from optaxclip.audit._what_if import longest_streak
 
 OVER = 0.5  # share of steps clipped, from which on a clip sets the length of steps
 BLOCK = 100  # steps, among which the clipped ones are counted
+LITTLE = 0.1  # mean scale, below which a threshold that adapts leaves too little
 STRETCH = 0.8  # share of the steps of a block, from which on it counts as clipped
 HEADROOM = 10.0  # threshold over median norm, from which on it is out of reach
 DRIFT = 2.0  # factor between an earlier tenth of a run and the last
 
 
 def over_clipping(data: LogData) -> Finding | None:
-    """Most steps clipped, in all or for a while."""
+    """Most steps clipped, in all or for a while.
+
+    A threshold that adapts may clip most steps, by a low percentile or at the start, as
+    long as it leaves something of them.
+    """
     s = stats.statistics(data)
+    if stats.moves(data) and s.mean_scale >= LITTLE:
+        return None
     if s.clipped_share >= OVER:
         every = s.clipped == s.steps
         detail = "" if every else f"{text.share(s.clipped_share)} of them. "

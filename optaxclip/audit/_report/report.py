@@ -20,6 +20,7 @@ from optaxclip.audit._what_if import (
     Suggestions,
     cells,
     compare,
+    optimizer_of,
     outcome,
     parse_rule,
     suggest,
@@ -186,7 +187,7 @@ def _event(event: stats.Event, columns: int) -> list[str]:
 
 def _suggestions(data: LogData) -> Suggestions | None:
     try:
-        return suggest(data.norm)
+        return suggest(data.norm, optimizer_of(data))
     except ValueError:  # of norms that cannot be replayed either
         return None
 

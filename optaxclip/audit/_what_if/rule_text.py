@@ -47,9 +47,9 @@ def parse_rule(text: str) -> optax.GradientTransformation:
       >>> from optaxclip.audit import parse_rule, replay
       >>> print(replay(parse_rule("quantile:0.5,10*3"), [1.0, 2.0, 1.0]).thresholds)
       [inf 3.  4.5]
-      >>> rule = parse_rule("clip_by_percentile(50, window=10)")
+      >>> rule = parse_rule("clip_by_percentile(50, factor=2, ramp=0)")
       >>> print(replay(rule, [1.0, 2.0, 1.0]).thresholds)
-      [inf 1.  1.5]
+      [2. 3. 2.]
     """
     call = _as_call(text)
     node = _parsed(text, call)
@@ -139,11 +139,14 @@ def _rule_of(name: str, arguments: dict[str, Any]) -> optax.GradientTransformati
     if name == "zclip":
         rule = optaxclip.zscore(a["z_threshold"], a["decay"], a["warmup"])
     else:
-        more = {"min_count": a["min_count"]} if "min_count" in a else {}
-        current = name == "autoclip"
         rule = optaxclip.quantile(
-            a["percentile"] / 100, a["window"], include_current=current, **more
+            a["percentile"] / 100,
+            a["window"],
+            include_current=a.get("include_current", True),
+            min_count=a.get("min_count", 1),
+            ramp=min(a.get("ramp", 0), a["window"]),
         )
+        rule = optax.chain(rule, optax.scale(a.get("factor", 1.0)))
     cap = a["max_norm"]
     return rule if cap is None else optaxclip.lowest(rule, cap)
 

@@ -1,0 +1,1 @@
+"""Tasks, clips and statistics of `which_clip.py`."""
