@@ -47,6 +47,7 @@ def columns(path: Path) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_every_clip_meets_the_same_batches_and_holds_its_threshold(tmp_path):
     done = run("", tmp_path)
     assert done.returncode == 0, done.stderr

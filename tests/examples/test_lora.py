@@ -34,6 +34,7 @@ def run(arguments: str, out: Path, devices: int = 1) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_the_clip_and_the_log_know_of_the_adapters_alone(tmp_path):
     done = run("--clip none,constant --seeds 2", tmp_path)
     assert done.returncode == 0, done.stderr
