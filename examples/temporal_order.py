@@ -14,8 +14,8 @@ the same sequences. All seeds of a run train at once, under `vmap`, many updates
 under `scan`, and several devices share the seeds. The script also draws the authors'
 own picture of a cliff: the error of one unit.
 
-With the defaults it solved, of eight seeds at 10, 20 and 30 symbols: 8, 1 and 0 without a
-clip; 8, 8 and 7 with a constant; 8, 8 and 4 with `clip_by_percentile()`.
+With the defaults it solved, of eight seeds at 10, 20 and 30 symbols: 8, 1 and 0 without
+a clip; 8, 8 and 7 with a constant; 8, 8 and 4 with `clip_by_percentile()`.
 
 A name ends in the axes of its array: S seeds, B batch, T time, I inputs, H hidden
 units, K classes, C checks.
