@@ -353,9 +353,10 @@ def train_seeds(config: Config, name: str, folder: Path) -> Runs:
     key_S = jax.random.split(jax.random.key(0), config.seeds)
     key_S = jax.device_put(key_S, NamedSharding(mesh, PartitionSpec("seed")))
 
-    # On a CPU every operation is too small to be worth sharing among threads.
+    # One seed after another, as `vmap` takes both branches of every conditional. And on
+    # a CPU every operation is too small to be worth sharing among threads.
     program = jax.jit(
-        jax.vmap(lambda key: run(config, tx, key)),
+        lambda key_S: jax.lax.map(lambda key: run(config, tx, key), key_S),
         compiler_options={"xla_cpu_multi_thread_eigen": False},
     )
     program = program.lower(key_S).compile()
