@@ -350,7 +350,9 @@ def picture(config: Config, runs: dict[str, Runs], path: Path) -> None:
     left, right = top.subplots(1, 2)
     for color, (name, run) in zip(COLORS, runs.items(), strict=False):
         steps_V = config.every * (1 + np.arange(run.losses_SV.shape[1]))
-        left.plot(steps_V, run.losses_SV.mean(0), color=color, label=name)
+        ended = np.isnan(run.losses_SV[:, -1]).any()
+        label = f"{name}: ends where it is NaN" if ended else name
+        left.plot(steps_V, run.losses_SV.mean(0), color=color, label=label)
         low_V, high_V = run.losses_SV.min(0), run.losses_SV.max(0)
         left.fill_between(steps_V, low_V, high_V, color=color, alpha=0.2)
         log = run.logs[0]
