@@ -84,6 +84,8 @@ def read_config() -> Config:
         parser.error(f"--clip: {sorted(unknown)} are not among {list(OPTIMIZERS)}")
     if config.batch % jax.device_count():
         parser.error(f"--batch must be a multiple of {jax.device_count()} (devices)")
+    if config.steps <= max(config.warmup, config.every - 1):
+        parser.error("--steps must be above --warmup, and at least --every")
     return config
 
 

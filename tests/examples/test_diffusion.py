@@ -99,6 +99,8 @@ def test_devices_share_a_batch_and_agree_with_one(tmp_path):
     [
         ("--clip none,glob", "['glob'] are not among ['none',"),
         ("--batch 3", "--batch must be a multiple of 2"),
+        ("--warmup 30", "--steps must be above --warmup"),
+        ("--every 31", "--steps must be above --warmup, and at least --every"),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(tmp_path, arguments, message):
