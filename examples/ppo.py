@@ -353,8 +353,8 @@ def train_seeds(config: Config, name: str, folder: Path) -> Runs:
     key_S = jax.random.split(jax.random.key(0), config.seeds)
     key_S = jax.device_put(key_S, NamedSharding(mesh, PartitionSpec("seed")))
 
-    # One seed after another, as `vmap` takes both branches of every conditional. And on
-    # a CPU every operation is too small to be worth sharing among threads.
+    # One seed after another. On a CPU every operation is too small to be worth sharing
+    # among threads.
     program = jax.jit(
         lambda key_S: jax.lax.map(lambda key: run(config, tx, key), key_S),
         compiler_options={"xla_cpu_multi_thread_eigen": False},
