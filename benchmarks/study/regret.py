@@ -16,7 +16,6 @@ DRAWS = 2000  # of the bootstrap
 class Regret:
     """Of one clip on one task; positive where the best constant is better."""
 
-    value: float  # of the clip at its own best rate, a mean over seeds
     at_best_rates: float  # in the unit of the task
     in_errors: float  # the same in standard errors
     in_percent: float  # the same, of what the best constant learns
@@ -50,7 +49,6 @@ def regret(record: Mapping[str, Any], result: Mapping[str, Any]) -> Regret:
     learned = record["worst"] - best_S.mean()
     same_R = clip_RS.mean(-1) - fixed_CRS.mean(-1).min(0)
     return Regret(
-        value=float(chosen_S.mean()),
         at_best_rates=lost,
         in_errors=_in_errors(lost, chosen_S, best_S),
         in_percent=100 * lost / learned,

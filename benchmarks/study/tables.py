@@ -22,9 +22,9 @@ and in parentheses in standard errors of the difference, seed by seed. *Worst* a
 model that knows nothing, minus its own), with 95 % intervals of a bootstrap over
 seeds, in which the best constant and the best rates are chosen anew; with 4 seeds
 these are too narrow. *At the same rate*: the worst task and rate, where clip and
-constant train at that rate. A run that diverged counts as one that knows nothing. `k
-x Pp of N, ramp R` is k times the p-th percentile of the last N norms, the current one
-included, and rises to that over the first R steps. The default was chosen on the
+constant train at that rate. A run that diverged counts as one that knows nothing.
+`k x Pp of N, ramp R` is k times the p-th percentile of the last N norms, the current
+one included, and rises to that over the first R steps. The default was chosen on the
 tasks that are not held out; it and all rates were fixed before the first run of the
 others."""
 
@@ -68,6 +68,7 @@ def _task_row(name: str, record: Record) -> Row:
         "optimizer": record["optimizer"],
         "trouble": record["trouble"],
         "median": f"{record['median_norm']:.3g}",
+        "rates": ", ".join(f"{r:g}" for r in record["rates"]),
         "factor": f"{factor} x at rate {record['rates'][rate]:g}",
         "value": f"{values_S.mean():.4g} ± {standard_error(values_S):.2g}",
         "unit": record["unit"],
@@ -82,6 +83,7 @@ TASK_COLUMNS = {
     "optimizer": "optimizer",
     "trouble": "what goes wrong",
     "median": "median norm, unclipped",
+    "rates": "rates",
     "factor": "best constant",
     "value": "its final value",
     "unit": "unit",
@@ -106,12 +108,14 @@ def summary(
     spread = bootstrap(records, clip)
     errors = max(regrets.values(), key=lambda r: r.in_errors).in_errors
     same = max(r.at_same_rate for r in regrets.values())
+    shares = [r.share_clipped for r in regrets.values()]
     return {
         "_worst": spread["worst"][0],
         "errors": f"{errors:+.1f}",
         "worst": interval(spread["worst"]),
         "mean": interval(spread["mean"]),
         "same": f"{same:+.1f}",
+        "clipped": f"{min(shares):.0%} to {max(shares):.0%}",
     }
 
 
@@ -135,6 +139,7 @@ def regret_columns(records: Mapping[str, Record]) -> dict[str, str]:
         "worst": "worst, %",
         "mean": "mean, %",
         "same": "worst at the same rate, %",
+        "clipped": "steps clipped",
         **tasks,
     }
 

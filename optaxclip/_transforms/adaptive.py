@@ -39,8 +39,7 @@ def zclip(
     ``max_norm`` of 1 by default.
 
     On the eleven trainings of ``docs/choosing.md`` it is at most 27.0 % worse than the
-    best of nine constants (a recurrent
-    network under SGD), and 6.4 % on average.
+    best of nine constants (a recurrent network under SGD), and 6.4 % on average.
 
     Args:
       z_threshold: :math:`z^* > 0`.

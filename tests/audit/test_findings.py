@@ -252,3 +252,23 @@ def test_a_record_with_gaps_comes_before_praise(tmp_path):
         "The run looks healthy",
     ]
     assert findings(data)[0].detail == "3 steps missing: 7 to 9; 1 torn line dropped."
+
+
+@pytest.mark.parametrize(
+    ("scale", "adapts", "found"),
+    [(0.5, False, True), (0.5, True, False), (0.05, True, True)],
+)
+def test_most_steps_may_be_clipped_by_a_threshold_that_adapts(
+    scale, adapts, found, tmp_path
+):
+    """It chose to; but not where next to nothing of them is left."""
+    wobble = 1 + 0.01 * np.sin(np.arange(300)) if adapts else np.ones(300)
+    thresholds = scale * wobble
+    data = dataclasses.replace(
+        log(np.ones(300), tmp_path),
+        threshold=thresholds,
+        scale=thresholds,
+        clipped=np.ones(300, bool),
+    )
+    titles = [finding.title for finding in findings(data)]
+    assert ("Every step was clipped" in titles) == found

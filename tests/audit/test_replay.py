@@ -345,6 +345,7 @@ def test_the_percentile_says_what_it_would_have_done():
         ("AdamW", True, False),
         ("chain(clip_by_percentile(), lion)", True, False),
         ("optax.sgd(0.1, momentum=0.9)", False, True),
+        ("a million steps of sgd", False, True),
     ],
 )
 def test_advice_for_the_optimizer_of_the_log(optimizer, adam, sgd):

@@ -20,9 +20,9 @@ ADAPTIVE = "clip_by_percentile()"
 
 # Optimizers whose step does not depend on the scale of the gradient, and the others.
 _SCALE_FREE = (
-    r"adam|lion|muon|lamb|rmsprop|adagrad|adan|adabelief|yogi|novograd|shampoo"
+    r"\b([nr]?adam|lion|muon|lamb|rmsprop|adagrad|adan|adabelief|yogi|novograd|shampoo)"
 )
-_SCALED = r"sgd|momentum|nesterov|lars"
+_SCALED = r"\b(sgd|momentum|nesterov|lars)"
 
 
 class Suggestion(NamedTuple):
