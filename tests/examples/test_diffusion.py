@@ -41,6 +41,7 @@ def losses(folder: Path) -> dict[tuple[str, str], list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_optimizer_meets_the_same_batches(tmp_path):
     done = run("--seeds 2", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -40,6 +40,7 @@ def logs(out: Path, name: str):
     return read(out / f"{name}-sharded.jsonl"), read(out / f"{name}-alone.jsonl")
 
 
+@pytest.mark.slow
 def test_four_devices_clip_and_skip_as_one_does(tmp_path):
     done = run("--clip leaf", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -48,6 +48,7 @@ def returns(folder: Path, clip: str) -> np.ndarray:
     return np.array([float(row["return"]) for row in rows]).reshape(seeds, -1)
 
 
+@pytest.mark.slow
 def test_every_clip_meets_the_same_seeds(tmp_path):
     done = run("--max-norm 0.1", tmp_path)
     assert done.returncode == 0, done.stderr
