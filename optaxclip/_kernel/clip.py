@@ -48,9 +48,9 @@ Apply = Callable[[jax.Array, jax.Array], Callable[[Leaf], Leaf]]
 class ClipMetrics(NamedTuple):
     """What a clip did in its last step: arrays, or dicts of arrays by path."""
 
-    grad_norm: Norms  # the norm of the updates before clipping
-    clip_threshold: Norms  # the bound; the largest finite number where nothing bounds
-    clip_scale: Norms  # min(1, threshold / norm): what they were multiplied by
+    grad_norm: Norms  #: the norm of the updates before clipping
+    clip_threshold: Norms  #: the bound; the largest finite number where nothing bounds
+    clip_scale: Norms  #: what they were multiplied by, min(1, threshold / norm)
 
     __repr__ = shown
 
@@ -58,12 +58,12 @@ class ClipMetrics(NamedTuple):
 class ClipState(NamedTuple):
     """State of :func:`clip_by`. Counters are int32 scalars and never wrap around."""
 
-    step_count: jax.Array  # updates so far
-    clip_count: jax.Array  # updates in which a finite norm was clipped
-    # updates with a norm that was NaN, infinite, or 1e37 times its threshold
+    step_count: jax.Array  #: updates so far
+    clip_count: jax.Array  #: updates in which a finite norm was clipped
+    #: updates with a norm that was NaN, infinite, or 1e37 times its threshold
     nonfinite_count: jax.Array
-    rule_state: PyTree  # memory of the threshold rule
-    clip_metrics: ClipMetrics  # of the last update
+    rule_state: PyTree  #: memory of the threshold rule
+    clip_metrics: ClipMetrics  #: of the last update
 
     __repr__ = shown
 

@@ -38,14 +38,14 @@ PyTree = Any
 class History(NamedTuple):
     """Ring buffers of ``length`` steps. Step s is at index s % length."""
 
-    history_norm: jax.Array  # before clipping; NaN or infinite on a bad step
-    history_threshold: jax.Array  # the largest finite number where nothing bounds
-    history_scale: jax.Array  # what the step was multiplied by; 0 if skipped
-    history_loss: jax.Array  # as passed to `update(..., loss=)`, else 0
-    history_has_loss: jax.Array  # int8, 0 or 1, as the next two
+    history_norm: jax.Array  #: before clipping; NaN or infinite on a bad step
+    history_threshold: jax.Array  #: the largest finite number where nothing bounds
+    history_scale: jax.Array  #: what the step was multiplied by; 0 if skipped
+    history_loss: jax.Array  #: as passed to `update(..., loss=)`, else 0
+    history_has_loss: jax.Array  #: int8, 0 or 1, as the next two
     history_clipped: jax.Array
     history_skipped: jax.Array
-    history_leaf_norms: Norms | tuple[()]  # by the paths of the leaves, if asked
+    history_leaf_norms: Norms | tuple[()]  #: by the paths of the leaves, if asked
 
     __repr__ = shown
 
@@ -53,7 +53,7 @@ class History(NamedTuple):
 class HistoryState(NamedTuple):
     """State of :func:`record_history`."""
 
-    history_count: jax.Array  # int32, steps recorded since the start
+    history_count: jax.Array  #: int32, steps recorded since the start
     history: History
     inner_state: PyTree
 

@@ -96,15 +96,16 @@ def ema(
       decay: :math:`\beta` in [0, 1) of the running mean.
       warmup: How many norms to start from; the threshold is infinite until they are
         seen. ``lowest(ema(...), max_norm)`` caps it, then and later.
-      start: From the mean so far, a norm of the warm-up and the number of norms seen
-        to the next mean: :func:`smallest` (the paper's) or :func:`average`.
+      start: How the mean starts, a function ``(mean so far, norm, number of norms
+        seen) -> mean``: :func:`optaxclip.rules.smallest` (the paper's) or
+        :func:`optaxclip.rules.average`.
       record: What is remembered of a norm beyond its threshold: ``at_bound`` (the
         threshold, as in the paper), ``unchanged``, or any function
         ``(norm, mean, threshold) -> value``.
       floor: :math:`\epsilon \ge 0`, the least threshold, in the units of the norm.
 
     Returns:
-      A rule with :class:`EmaState`, from finite norms to thresholds of their shapes and
+      A rule with ``EmaState``, from finite norms to thresholds of their shapes and
       dtypes. It costs two numbers a norm.
 
       ===========================  =================================================

@@ -73,7 +73,7 @@ def quantile(
         steps for long: Adam's second moment for 1,000. The default 0 is no ramp.
 
     Returns:
-      A rule with :class:`QuantileState`: thresholds of the shapes and dtypes of the
+      A rule with ``QuantileState``: thresholds of the shapes and dtypes of the
       norms, each from a memory of its own of two windows. To a derivative they are
       constants.
 

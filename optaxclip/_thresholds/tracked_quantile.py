@@ -65,7 +65,7 @@ def tracked_quantile(
         default is Adam's epsilon: gradients below it hardly move a parameter.
 
     Returns:
-      A rule with :class:`TrackedQuantileState`: thresholds of the shapes and dtypes of
+      A rule with ``TrackedQuantileState``: thresholds of the shapes and dtypes of
       the norms, each followed by itself. To a derivative they are constants.
 
       ==========================  ==================================================

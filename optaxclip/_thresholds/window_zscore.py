@@ -47,7 +47,7 @@ def window_zscore(
         2 and at most ``window``.
 
     Returns:
-      A rule with :class:`WindowZscoreState`, from finite norms to thresholds of their
+      A rule with ``WindowZscoreState``, from finite norms to thresholds of their
       shapes and dtypes. A norm of 0 is not recorded. If all norms recorded are equal,
       the threshold is 1.01 times that norm: the deviation counts as at least
       0.01 / z of the mean.

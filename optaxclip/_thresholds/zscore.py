@@ -113,8 +113,9 @@ def zscore(
       decay: :math:`\alpha` in [0, 1) of both averages.
       warmup: How many norms to start from; the threshold is infinite until they are
         seen. ``lowest(zscore(...), max_norm)`` caps it, then and later.
-      start: From these norms, ascending along the first axis, to :math:`\mu` and
-        :math:`\sigma`: :func:`quartiles` (the default) or :func:`moments`.
+      start: A function from these norms, in ascending order along the first axis, to
+        the first :math:`\mu` and :math:`\sigma`: :func:`optaxclip.rules.quartiles` (the
+        default) or :func:`optaxclip.rules.moments`.
       response: What a spike is clipped to: ``reciprocal`` (the default), ``at_mean``,
         ``at_bound``, or any function ``(norm, mean, bound) -> threshold``.
       record: What is remembered of it, one of the same functions.
@@ -123,7 +124,7 @@ def zscore(
       floor: Least threshold, in the units of the norm: it is never 0.
 
     Returns:
-      A rule with :class:`ZscoreState`, from finite norms to thresholds of their shapes
+      A rule with ``ZscoreState``, from finite norms to thresholds of their shapes
       and dtypes. It costs ``warmup + 3`` numbers a norm.
 
       ===========================  =================================================
