@@ -135,9 +135,8 @@ def clip_by(
 
     .. math:: g \leftarrow g \cdot \min(1, T / \|g\|)
 
-    Which norm (global, of each leaf, of each unit), how the threshold is chosen and
-    how it is enforced are three independent choices; each named clip is one such
-    choice.
+    Three choices are independent: which norm (global, of each leaf, of each unit), how
+    the threshold is chosen, and how it is enforced. Each named clip is one combination.
 
     Args:
       norm: A function from a tree of gradients to a prefix tree of norms: each norm
@@ -148,8 +147,8 @@ def clip_by(
         and several as a dict by path. Rules compose:
         ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold.
       apply: :func:`rescale` (the default) or :func:`clamp`.
-      axis_name: Which leaves are shares, if types cannot tell. Passed on to ``norm``,
-        see :func:`optaxclip.global_norm`.
+      axis_name: Which leaves are sharded, where JAX's types cannot tell. Passed on to
+        ``norm``, see :func:`optaxclip.global_norm`.
 
     Returns:
       A transformation with :class:`ClipState`. It keeps the structure, shapes, dtypes
