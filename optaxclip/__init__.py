@@ -1,4 +1,4 @@
-"""Gradient clipping for JAX that is right everywhere and tells you what it did.
+"""Gradient clipping for JAX and Optax, with thresholds that choose themselves.
 
 Every transformation is an ``optax.GradientTransformation``: put it in ``optax.chain``.
 
@@ -17,7 +17,7 @@ Around an optimizer
 
 Reading and moving states
   metrics: what the clips did, as scalars for any logger
-  migrate_state: take a checkpoint over to another clip
+  migrate_state: use a checkpoint with another clip
   audit: log, replay, report (a subpackage)
 
 Build your own

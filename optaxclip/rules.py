@@ -1,11 +1,11 @@
 """Parts of the adaptive rules: how one starts, and what becomes of an outlying norm.
 
-The *response* (what a norm beyond the bound is clipped to) and the *record* (what is
-remembered in its place) of :func:`optaxclip.zscore` and :func:`optaxclip.ema` are any
-of :func:`at_bound`, :func:`at_mean`, :func:`reciprocal`, :func:`unchanged`, or a
-function ``(norm, mean, bound) -> value`` of your own. The *start* is
-:func:`quartiles` or :func:`moments` for ``zscore``, :func:`smallest` or
-:func:`average` for ``ema``.
+The rules :func:`optaxclip.zscore` and :func:`optaxclip.ema` treat a norm beyond their
+bound in two ways: the *response* is what it is clipped to, the *record* is what is
+remembered in its place. Either can be :func:`at_bound`, :func:`at_mean`,
+:func:`reciprocal`, :func:`unchanged`, or your own function ``(norm, mean, bound) ->
+value``. The *start* is :func:`quartiles` or :func:`moments` for ``zscore``, and
+:func:`smallest` or :func:`average` for ``ema``.
 """
 
 from optaxclip._thresholds import at_bound as at_bound

@@ -48,9 +48,9 @@ Apply = Callable[[jax.Array, jax.Array], Callable[[Leaf], Leaf]]
 class ClipMetrics(NamedTuple):
     """What a clip did in its last step: arrays, or dicts of arrays by path."""
 
-    grad_norm: Norms  # the norm of the updates before clipping
-    clip_threshold: Norms  # the bound; the largest finite number where nothing bounds
-    clip_scale: Norms  # min(1, threshold / norm): what they were multiplied by
+    grad_norm: Norms  #: the norm of the updates before clipping
+    clip_threshold: Norms  #: the bound; the largest finite number where nothing bounds
+    clip_scale: Norms  #: what they were multiplied by, min(1, threshold / norm)
 
     __repr__ = shown
 
@@ -58,12 +58,12 @@ class ClipMetrics(NamedTuple):
 class ClipState(NamedTuple):
     """State of :func:`clip_by`. Counters are int32 scalars and never wrap around."""
 
-    step_count: jax.Array  # updates so far
-    clip_count: jax.Array  # updates in which a finite norm was clipped
-    # updates with a norm that was NaN, infinite, or 1e37 times its threshold
+    step_count: jax.Array  #: updates so far
+    clip_count: jax.Array  #: updates in which a finite norm was clipped
+    #: updates with a norm that was NaN, infinite, or 1e37 times its threshold
     nonfinite_count: jax.Array
-    rule_state: PyTree  # memory of the threshold rule
-    clip_metrics: ClipMetrics  # of the last update
+    rule_state: PyTree  #: memory of the threshold rule
+    clip_metrics: ClipMetrics  #: of the last update
 
     __repr__ = shown
 
@@ -135,9 +135,8 @@ def clip_by(
 
     .. math:: g \leftarrow g \cdot \min(1, T / \|g\|)
 
-    Which norm (global, of each leaf, of each unit), how the threshold is chosen and
-    how it is enforced are three independent choices; each named clip is one such
-    choice.
+    Three choices are independent: which norm (global, of each leaf, of each unit), how
+    the threshold is chosen, and how it is enforced. Each named clip is one combination.
 
     Args:
       norm: A function from a tree of gradients to a prefix tree of norms: each norm
@@ -148,8 +147,8 @@ def clip_by(
         and several as a dict by path. Rules compose:
         ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold.
       apply: :func:`rescale` (the default) or :func:`clamp`.
-      axis_name: Which leaves are shares, if types cannot tell. Passed on to ``norm``,
-        see :func:`optaxclip.global_norm`.
+      axis_name: Which leaves are sharded, where JAX's types cannot tell. Passed on to
+        ``norm``, see :func:`optaxclip.global_norm`.
 
     Returns:
       A transformation with :class:`ClipState`. It keeps the structure, shapes, dtypes

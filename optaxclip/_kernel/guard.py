@@ -34,7 +34,7 @@ class SkipMetrics(NamedTuple):
     """What a skip looked at in its last step, as :class:`ClipMetrics` holds it."""
 
     skip_norm: Norms
-    skip_threshold: Norms  # beyond which a step is skipped
+    skip_threshold: Norms  #: a step with a norm above it is skipped
 
     __repr__ = shown
 
@@ -42,12 +42,12 @@ class SkipMetrics(NamedTuple):
 class SkipState(NamedTuple):
     """State of :func:`skip_by`. Counters are int32 scalars and never wrap around."""
 
-    skip_count: jax.Array  # steps skipped since the start
-    skipped_in_a_row: jax.Array  # steps skipped since the last that was not
-    skip_nonfinite_count: jax.Array  # of the skipped, those with a norm not finite
-    skip_rule_state: PyTree  # memory of the threshold rule
-    skip_metrics: SkipMetrics  # of the last step
-    inner_state: PyTree  # as the last step that was not skipped left it
+    skip_count: jax.Array  #: steps skipped since the start
+    skipped_in_a_row: jax.Array  #: steps skipped since the last one that was not
+    skip_nonfinite_count: jax.Array  #: those of them with NaN or infinity
+    skip_rule_state: PyTree  #: memory of the threshold rule
+    skip_metrics: SkipMetrics  #: of the last step
+    inner_state: PyTree  #: as the last step that was not skipped left it
 
     __repr__ = shown
 

@@ -24,7 +24,7 @@ PyTree = Any
 
 
 class GuardedStep(NamedTuple):
-    """A step that owns the parameters, see :func:`guarded_step`."""
+    """What :func:`guarded_step` returns: two functions."""
 
     init: Callable[[PyTree], SkipState]
     step: Callable[..., tuple[PyTree, SkipState]]
@@ -55,22 +55,22 @@ def skip_by(
     Args:
       inner: The transformation to guard: usually the whole optimizer, its clip
         included. Anything with ``init`` and ``update``, ``optax.MultiSteps`` too.
-      norm: As in :func:`optaxclip.clip_by`; with several norms, one that exceeds its
-        threshold is enough.
-      threshold: As in :func:`optaxclip.clip_by`. The rule remembers skipped norms as
-        it sees fit, so that one which rises with what it sees lets training go on at a
-        new level; norms that are not finite it never sees.
-      watch_loss: Holds the loss to the same rule, by a memory of its own: pass it as
+      norm: As in :func:`optaxclip.clip_by`. With several norms, a step is skipped if
+        one of them exceeds its threshold.
+      threshold: As in :func:`optaxclip.clip_by`. The rule also sees the norms of
+        skipped steps, so a rule that adapts lets training continue at a new level. It
+        never sees norms that are not finite.
+      watch_loss: Applies the same rule, with a separate memory, to the loss, passed as
         ``update(updates, state, params, loss=loss)``. A loss that is not finite skips
-        the step too. Meant for positive losses and adaptive rules.
+        the step, too. For positive losses and rules that adapt.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
       A transformation with :class:`SkipState`. After a skip the updates are zeros of
       the dtypes that ``inner`` returns, and ``inner_state`` is bit for bit what it was:
       counts, moments, schedules. ``float0`` and PRNG-key leaves and the fp8 statistics
-      of Flax, which are no changes to add, pass through. The inner transformation is
-      not run at all (``lax.cond``), except under ``vmap``.
+      of Flax, which are not added to parameters, pass through. The inner transformation
+      does not run at all (``lax.cond``), except under ``vmap``.
 
       ==========================  ==================================================
       norm                        result
@@ -121,12 +121,11 @@ def guarded_step(
     watch_loss: bool = False,
     axis_name: AxisName = None,
 ) -> GuardedStep:
-    r"""The step of :func:`skip_by` and ``optax.apply_updates`` in one, and cheaper.
+    r""":func:`skip_by` and ``optax.apply_updates`` in one step, which is cheaper.
 
-    A transformation has to return updates, so a skip has to write zeros and the loop
-    to add them. Where a loop owns its parameters it need not: this function takes
-    parameters and gives parameters, and a skipped step touches neither them nor the
-    state.
+    A transformation has to return updates: a skip has to write zeros, and the training
+    loop adds them. This function takes parameters and returns parameters instead. A
+    skipped step touches neither the parameters nor the state.
 
     Args:
       inner: As in :func:`skip_by`.
@@ -136,12 +135,12 @@ def guarded_step(
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
-      A pair of functions. ``init(params)`` gives the :class:`SkipState` that
-      :func:`skip_by` gives, and :func:`optaxclip.metrics` reads.
-      ``step(updates, params, state, **extra_args)`` gives new parameters and a new
-      state. Donate both, and keep this order in a function of your own: JAX pairs
-      donated arguments with results of their shape by position, and moments that
-      take the place of parameters have to be copied.
+      A pair of functions. ``init(params)`` returns a :class:`SkipState`, like that of
+      :func:`skip_by`, which :func:`optaxclip.metrics` reads.
+      ``step(updates, params, state, **extra_args)`` returns new parameters and a new
+      state. Donate both, and keep this order in your own functions: JAX pairs donated
+      arguments with results of the same shape by position. In another order, moments
+      are paired with parameters and have to be copied.
 
     Example:
       >>> import jax.numpy as jnp

@@ -42,19 +42,19 @@ def global_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> ja
     Args:
       tree: Any pytree of arrays. Leaves that are not gradients are not counted.
       ord: 2, 1 or ``inf``.
-      axis_name: Which leaves are split into shares, for ``pmap``, ``vmap`` and
-        ``shard_map(check_vma=False)``, where types cannot tell: the axis over which
-        leaves are split, a tuple of axes, or a prefix tree of these, with None for
-        leaves that are whole. ``()`` says that all leaves are whole and the same on
-        every device. None, the default, takes all leaves as whole too, and warns where
-        that may be wrong.
+      axis_name: Which leaves are sharded. Needed only under ``pmap``, ``vmap`` and
+        ``shard_map(check_vma=False)``, where JAX's types cannot tell. The name of the
+        axis over which leaves are sharded, a tuple of names, or a prefix tree of these
+        with None for leaves that are whole. ``()`` says that all leaves are whole and
+        the same on every device, as after a mean over the devices. None, the default,
+        also takes all leaves as whole, and warns where that may be wrong.
 
     Returns:
       A float32 scalar (float64 if any leaf is float64). An empty tree has norm 0.
-      The 2-norm is right from the smallest to the largest normal float32: where a
-      square overflows or vanishes, the sum is taken again in a larger or smaller
-      unit. Its derivative at zero is zero. If leaves are shares, it is the norm of the
-      whole leaves.
+      The 2-norm is correct from the smallest to the largest normal float32: if squares
+      overflow or vanish, the sum is taken again in a larger or smaller unit. Its
+      derivative at zero is zero. If leaves are sharded, it is the norm of the whole
+      leaves.
 
     Raises:
       ValueError: ``ord`` is not 2, 1 or ``inf``; ``axis_name`` does not fit the tree
@@ -127,9 +127,9 @@ def unit_norm(
     Args:
       tree: Any pytree of arrays.
       axis: The axes to sum over. ``None`` chooses by rank, see
-        :func:`optaxclip.unit_axes.by_rank`; an int or a tuple of ints holds for every
-        leaf; a function ``(path, leaf) -> axes`` (see :mod:`optaxclip.unit_axes`) or
-        a prefix tree of any of these sets it leaf by leaf.
+        :func:`optaxclip.unit_axes.by_rank`. An int or a tuple of ints applies to every
+        leaf. A function ``(path, leaf) -> axes`` (see :mod:`optaxclip.unit_axes`) or
+        a prefix tree of any of these sets the axes leaf by leaf.
       ord: 2, 1 or ``inf``, see :func:`global_norm`.
       axis_name: As in :func:`global_norm`; leaves must be whole, so ``()`` or None.
 
@@ -139,7 +139,7 @@ def unit_norm(
 
     Raises:
       ValueError: as :func:`global_norm` does; a leaf lacks one of the axes; ``axis``
-        is None and a leaf has more than 5 axes; or a leaf is only a share, under
+        is None and a leaf has more than 5 axes; or a leaf is sharded under
         ``shard_map`` or ``pmap`` (under ``jit`` leaves may have any sharding).
 
     Example:

@@ -38,14 +38,14 @@ PyTree = Any
 class History(NamedTuple):
     """Ring buffers of ``length`` steps. Step s is at index s % length."""
 
-    history_norm: jax.Array  # before clipping; NaN or infinite on a bad step
-    history_threshold: jax.Array  # the largest finite number where nothing bounds
-    history_scale: jax.Array  # what the step was multiplied by; 0 if skipped
-    history_loss: jax.Array  # as passed to `update(..., loss=)`, else 0
-    history_has_loss: jax.Array  # int8, 0 or 1, as the next two
-    history_clipped: jax.Array
-    history_skipped: jax.Array
-    history_leaf_norms: Norms | tuple[()]  # by the paths of the leaves, if asked
+    history_norm: jax.Array  #: before clipping; NaN or infinite in a bad step
+    history_threshold: jax.Array  #: the largest finite number where nothing bounds
+    history_scale: jax.Array  #: what the step was multiplied by; 0 if skipped
+    history_loss: jax.Array  #: as passed to ``update(..., loss=)``, else 0
+    history_has_loss: jax.Array  #: 1 if a loss was passed; int8
+    history_clipped: jax.Array  #: 1 if the step was clipped; int8
+    history_skipped: jax.Array  #: 1 if the step was skipped; int8
+    history_leaf_norms: Norms | tuple[()]  #: a dict by path, if asked
 
     __repr__ = shown
 
@@ -53,7 +53,7 @@ class History(NamedTuple):
 class HistoryState(NamedTuple):
     """State of :func:`record_history`."""
 
-    history_count: jax.Array  # int32, steps recorded since the start
+    history_count: jax.Array  #: int32, steps recorded since the start
     history: History
     inner_state: PyTree
 
@@ -70,22 +70,22 @@ def record_history(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps what a clip did in its last steps, for the host to read now and then.
 
-    A row a step: norm, threshold, scale, whether it was clipped or skipped, the loss if
-    it is passed as ``update(..., loss=loss)``, the norm of every leaf if asked. Rows
-    stand in buffers of a fixed size on the device; nothing is sent to the host, and
-    nothing waits for it. Read them every ``length`` steps or oftener and none is lost;
-    :class:`optaxclip.audit.ClipLog` does, and writes them to a file. The count of steps
-    ends at 2**31 - 1; rows from there on are lost.
+    It keeps one row for each step: norm, threshold, scale, whether the step was clipped
+    or skipped, the loss if you pass ``update(..., loss=loss)``, and the norm of every
+    leaf if asked. Rows are kept in buffers of a fixed size on the device; nothing is
+    sent to the host, and nothing waits for it. Read them at least every ``length``
+    steps, and none is lost: :class:`optaxclip.audit.ClipLog` reads them and writes them
+    to a file. The count of steps ends at 2**31 - 1; later rows are lost.
 
     Args:
       inner: The transformation that holds the clip, its skips included: usually the
-        whole optimizer. The last steps are those of the clip: inside
-        ``optax.MultiSteps`` or around it, one row a real step, and one a skipped one.
+        whole optimizer. A step is one of the clip, made or skipped: with
+        ``optax.MultiSteps``, inside or around it, micro-batches have no rows.
       length: The number of steps to keep, at least 1.
-      leaf_norms: Also keeps the 2-norm of every leaf of the updates that come in: a
-        buffer of ``length`` floats a leaf, and no further read of the gradients where
-        the clip measures the same leaves, by their global norm or their leaf norms.
-        Around a :func:`dynamic_loss_scale` they are those of the scaled loss.
+      leaf_norms: Also keeps the 2-norm of every leaf of the incoming updates, in a
+        buffer of ``length`` floats for each leaf. If the clip measures the same leaves,
+        by global norm or by leaf norm, the gradients are not read again. Around a
+        :func:`dynamic_loss_scale` these are norms of the scaled gradients.
       clip: Which of several clips in ``inner``: the prefix that
         :func:`optaxclip.metrics` gives its keys. A clip with several norms is recorded
         by the one that exceeds its threshold most, as there.

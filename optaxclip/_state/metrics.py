@@ -43,7 +43,7 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       ``grad_norm``              the norm before clipping
       ``clipped_grad_norm``      the norm after clipping: min(norm, threshold);
                                  meaningless if the norm is not finite
-      ``clip_threshold``         the threshold it was held to
+      ``clip_threshold``         the threshold of this step
       ``clip_scale``             what the update was multiplied by, in [0, 1]
       ``clipped_norm_fraction``  the share of norms above their threshold, in [0, 1]
       ``step_count``             updates since the start
@@ -56,7 +56,7 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
 
       =========================  ====================================================
       ``skip_norm``              the norm that decided
-      ``skip_threshold``         the threshold it was held to
+      ``skip_threshold``         the threshold of this step
       ``skip_count``             steps skipped since the start
       ``skipped_in_a_row``       steps skipped since the last step that was made
       ``skip_nonfinite_count``   steps skipped because a norm was not finite
@@ -77,10 +77,10 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
       ``clip_scale`` is the smallest scale. Before the first update the norm is 0, the
       threshold infinite and the scale 1.
 
-      *Names.* A single clip has no prefix. With several, the prefix of a key says where
-      its clip is: the keys of ``named_chain`` and ``partition`` and the positions in
-      ``chain``, from the outside in, joined by ``/``: ``before/grad_norm``,
-      ``0/grad_norm``, ``1/0/grad_norm``. Clips, skips and loss scales are counted
+      *Names.* A single clip has no prefix. With several, a prefix says where the clip
+      is: the keys of ``named_chain`` and ``partition`` and the positions in ``chain``,
+      from the outside in, joined by ``/``, as in ``before/grad_norm``, ``0/grad_norm``
+      or ``1/0/grad_norm``. Clips, skips and loss scales are counted
       separately. Wrappers add nothing to a prefix, unless two clips would have the same
       one; then it names every attribute on the path.
 

@@ -41,9 +41,10 @@ def migrate_state(
 
     Leaves are paired by the names on their paths. Positions in sequences and keys made
     of digits are not names, and clips and skips are ignored, so a clip may be put in
-    front. Leaves with the same name are paired in their order. Two leaves with the same
-    name and shape that traded places cannot be told apart: if that may happen, use
-    ``optax.named_chain``, and do not name parameters that come and go by digits.
+    front. Leaves with the same name are paired in order. If two leaves with the same
+    name and shape trade places, they cannot be told apart. Where that may happen, use
+    ``optax.named_chain``, and do not use digits as names of parameters that come and
+    go.
 
     Args:
       old_state: The old optimizer's state, as it was or as the nested dicts and lists

@@ -49,12 +49,12 @@ def reciprocal(
     eps: float = 0.0,
     factor: float = 1.0,
 ) -> jax.Array:
-    r"""Between bound and mean, the nearer to the mean the further out the norm is.
+    r"""Between bound and mean: the larger the norm, the nearer to the mean.
 
     .. math:: \mu + \frac{(b - \mu)^2}{n - \mu}
 
     With :math:`b = \mu + z^* \sigma` and :math:`z = (n - \mu) / \sigma` this is ZClip's
-    :math:`\mu + z^{*2} \sigma / z`. ``eps`` and ``factor`` belong to the published
+    :math:`\mu + z^{*2} \sigma / z`. ``eps`` and ``factor`` are those of the published
     code, see :func:`optaxclip.zscore`; there ``eps`` is :math:`10^{-6} z^*`.
     """
     reach = bound - mean + eps

@@ -32,9 +32,9 @@ def constant(value: Threshold) -> optax.GradientTransformation:
 
     Args:
       value: A non-negative number; an array that broadcasts against every norm; or a
-        schedule ``step -> number``, asked with the number of earlier updates (steps
-        with a norm that is not finite not counted). A traced or scheduled number that
-        turns out negative clips as 0 does.
+        schedule ``step -> number``, called with the number of earlier updates. Steps
+        with a norm that is not finite do not count. A traced or scheduled number
+        that is negative clips as 0 does.
 
     Returns:
       A rule: a transformation from norms to thresholds of their shapes and dtypes.

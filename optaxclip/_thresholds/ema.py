@@ -80,32 +80,35 @@ def ema(
         \gamma_{t+1} &= \min(\gamma_t, n_t) \text{ in the warm-up}, \qquad
         \beta \gamma_t + (1 - \beta) r_t \text{ after it}
 
-    As what is recorded is at most :math:`T_t`, one norm, of any size, raises the
-    threshold by the factor :math:`\beta + (1 - \beta) \lambda` at most: 1.001 a step
-    with the defaults, which are the paper's, so that norms twice as large from some
-    step on are followed in about 700 steps; 1.02 and 35 steps with ``ratio=2.0``.
+    What is recorded is at most :math:`T_t`, so a single norm of any size raises the
+    threshold at most by the factor :math:`\beta + (1 - \beta) \lambda`. With the
+    defaults, which are the paper's, this is 1.001 per step: if norms double and stay
+    high, the threshold follows in about 700 steps. With ``ratio=2.0`` it is 1.02 and 35
+    steps.
 
     The mean settles where :math:`E \min(n, \lambda \gamma) = \gamma`. With the defaults
-    that is below the mean of the norms: of lognormal norms of log-deviation 0.1, 0.3,
-    0.5 it clips 42, 71, 79 % and takes 3, 23, 44 % of the length away, a normaliser
-    more than a guard against spikes. The start from the smallest norm adds some
-    hundred steps below that. ``ratio=2.0, start=average`` clips rare spikes only.
+    this is below the mean of the norms. Of lognormal norms with log-deviation 0.1, 0.3
+    and 0.5 it clips 42, 71 and 79 %, and shortens them by 3, 23 and 44 % on average. It
+    is more a normalizer than a guard against spikes. Because it starts from the
+    smallest norm, the mean is even lower for the first few hundred steps. ``ratio=2.0,
+    start=average`` clips only rare spikes.
 
     Args:
       ratio: :math:`\lambda > 1`.
       decay: :math:`\beta` in [0, 1) of the running mean.
-      warmup: How many norms to start from; the threshold is infinite until they are
-        seen. ``lowest(ema(...), max_norm)`` caps it, then and later.
-      start: From the mean so far, a norm of the warm-up and the number of norms seen
-        to the next mean: :func:`smallest` (the paper's) or :func:`average`.
+      warmup: How many norms to start from. Until then the threshold is infinite;
+        ``lowest(ema(...), max_norm)`` caps it, then and later.
+      start: How the mean starts, a function ``(mean so far, norm, number of norms
+        seen) -> mean``: :func:`optaxclip.rules.smallest` (the paper's) or
+        :func:`optaxclip.rules.average`.
       record: What is remembered of a norm beyond its threshold: ``at_bound`` (the
         threshold, as in the paper), ``unchanged``, or any function
         ``(norm, mean, threshold) -> value``.
       floor: :math:`\epsilon \ge 0`, the least threshold, in the units of the norm.
 
     Returns:
-      A rule with :class:`EmaState`, from finite norms to thresholds of their shapes and
-      dtypes. It costs two numbers a norm.
+      A rule with ``EmaState``, from finite norms to thresholds of their shapes and
+      dtypes. It keeps two numbers for each norm.
 
       ===========================  =================================================
       norm                         threshold

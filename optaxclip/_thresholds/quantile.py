@@ -33,7 +33,7 @@ def quantile(
     min_count: int = 1,
     ramp: int = default(0),
 ) -> optax.GradientTransformation:
-    r"""A quantile of the last norms: the threshold most of them stayed below.
+    r"""A quantile of the last norms, such as their median.
 
     .. math::
 
@@ -41,50 +41,51 @@ def quantile(
         h = q \, (m - 1), \; j = \lfloor h \rfloor
 
     where :math:`x_{(0)} \le \dots \le x_{(m-1)}` are the last :math:`m \le N` norms in
-    ascending order: ``numpy.quantile`` of them, with its default linear interpolation
-    (type 7 of Hyndman and Fan), times a ramp while fewer than :math:`R` are recorded.
-    Of norms that come independently from one distribution a share of about
-    :math:`1 - q + (2q - 1) / (m + 1)` exceeds the quantile.
+    ascending order. It equals ``numpy.quantile`` with its default linear interpolation
+    (type 7 of Hyndman and Fan), times a ramp while fewer than :math:`R` norms are
+    recorded. If norms are independent and identically distributed, a share of about
+    :math:`1 - q + (2q - 1) / (m + 1)` of them exceeds the quantile.
 
-    Raw norms are recorded, so it follows a lasting rise within :math:`(1 - q) N` steps
-    and a fall within :math:`q N`. As long as the window, once full, holds no more than
-    :math:`\lfloor (1 - q)(N - 1) \rfloor` spikes, it is at most the largest other norm.
-    An update moves no recorded norm by more than one place, so nothing is sorted: its
-    cost is in proportion to ``window``.
+    Norms are recorded as they are, not clipped. The threshold therefore follows a
+    lasting rise within :math:`(1 - q) N` steps and a fall within :math:`q N`. As long
+    as a full window has at most :math:`\lfloor (1 - q)(N - 1) \rfloor` spikes, the
+    threshold is at most the largest other norm. The window is kept sorted, so an update
+    costs time in proportion to ``window``.
 
     Args:
       q: The quantile, a number in [0, 1]: 0.95 lets about 95 % of the norms pass. A
-        traced number is held to that range and has the precision of its dtype.
+        traced number is clamped to that range and has the precision of its dtype.
       window: How many norms are remembered, :math:`N`: an integer of at least 1. It is
-        the shape of the state, so ``optax.inject_hyperparams`` needs it, and
+        part of the state's shape, so ``optax.inject_hyperparams`` needs it, and
         ``min_count``, in its ``static_args``.
       include_current: Whether a norm is recorded before its own threshold is chosen, as
-        AutoClip has it, or after (the default), so that it can't raise its own bound.
+        in AutoClip, or after (the default), so that it cannot raise its own threshold.
       min_count: While fewer norms are recorded, from 1 to ``window``, the threshold is
-        infinite; ``optaxclip.lowest(rule, cap)`` puts a cap on it. The default 1 bounds
-        the second norm by the first. To wait longer spares few steps from being clipped
-        for want of data, :math:`(2q - 1) \sum_m 1 / (m + 1)`, that is 1.7 for
-        ``min_count=10`` and q 0.95, and leaves as many unprotected where training is
-        least stable.
-      ramp: While fewer norms are recorded, from 0 to ``window``, the threshold is that
-        share of the quantile: with 100, a hundredth of it at the first norm, half of it
-        at the 50th. Norms fall steeply in the first steps of most runs, so a threshold
-        from the norms so far bounds nothing there, and an optimizer remembers those
-        steps for long: Adam's second moment for 1,000. The default 0 is no ramp.
+        infinite; ``optaxclip.lowest(rule, cap)`` puts a cap on it. With the default, 1,
+        the first norm is the threshold of the second. A larger number spares few steps
+        that would be clipped for lack of data: :math:`(2q - 1) \sum_m 1 / (m + 1)`,
+        which is 1.7 for ``min_count=10`` and q 0.95. It leaves ``min_count`` steps
+        unprotected where training is least stable.
+      ramp: While fewer norms than this are recorded, the threshold is multiplied by
+        their share. With 100 it is a hundredth of the quantile at the first norm, and
+        half of it at the 50th. Norms fall steeply in the first steps of most runs, so a
+        threshold from past norms bounds nothing there, and optimizers remember those
+        steps for long (Adam's second moment: 1,000 steps). An integer from 0, the
+        default, which is no ramp, to ``window``.
 
     Returns:
-      A rule with :class:`QuantileState`: thresholds of the shapes and dtypes of the
-      norms, each from a memory of its own of two windows. To a derivative they are
-      constants.
+      A rule with ``QuantileState``: thresholds of the shapes and dtypes of the
+      norms. Each norm has its own memory of two windows. Derivatives treat thresholds
+      as constants.
 
       ==================================  ==============================================
       norm                                result
       ==================================  ==============================================
       the first                           infinity; itself with ``include_current``
       fewer than ``min_count`` recorded   infinity
-      0                                   a threshold as any other, but not recorded: a
-                                          step without gradient tells no size
-      NaN, infinite                       as 0
+      0                                   the same threshold, but it is not recorded: a
+                                          step without gradient has no size
+      NaN, infinite                       as for 0
       of an empty tree                    an empty tree
       ==================================  ==============================================
 

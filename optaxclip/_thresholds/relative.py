@@ -17,15 +17,15 @@ PyTree = Any
 def relative(
     ratio: Threshold, floor: jax.typing.ArrayLike = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A multiple of the norm of the parameters, measured as the gradients are.
+    r"""A multiple of the norm of the parameters, measured like that of the gradients.
 
     .. math:: T = r \cdot \max(\|w\|, \epsilon)
 
     Args:
       ratio: The multiple :math:`r`: a number, an array or a schedule, as in
         :func:`optaxclip.constant`.
-      floor: The least norm :math:`\epsilon` that parameters count with, so that those
-        which start at zero can leave it.
+      floor: The least norm :math:`\epsilon` that parameters are taken to have, so that
+        parameters which start at zero can change.
 
     Returns:
       A rule whose ``update`` needs the norms of the parameters, which

@@ -29,7 +29,7 @@ def tracked_quantile(
     start: Number | None = None,
     floor: Number = 1e-8,
 ) -> optax.GradientTransformation:
-    r"""A quantile of the norms, followed in small steps: two floats of memory a norm.
+    r"""A quantile of the norms, followed in small steps, with two floats of memory.
 
     .. math::
 
@@ -37,45 +37,44 @@ def tracked_quantile(
         \theta \leftarrow \theta + \eta \, (q - \mathbf{1}[\|g\| \le T])
 
     A norm above the threshold raises it by the factor :math:`e^{\eta q}`, any other
-    lowers it by :math:`e^{-\eta (1 - q)}`. By how much it was missed does not count: a
-    spike of any size moves it no further. Of :math:`n` norms, whatever they are, the
+    lowers it by :math:`e^{-\eta (1 - q)}`. How far the norm is above or below does not
+    matter, so a spike of any size moves it no further. Of any :math:`n` norms, the
     share that passes is :math:`q - (\theta_n - \theta_0) / (\eta n)`.
 
-    On norms that come independently from one distribution, :math:`\theta` varies by
-    :math:`\sqrt{\eta q (1 - q) / (2 f)}`, where :math:`f` is the density of the
-    log-norm at the quantile: as the quantile of a window of :math:`2 / (\eta f)` norms
-    does. It costs far less than that window, :func:`optaxclip.quantile`, which suits it
-    to the many norms of leaves and units, but it moves at its own pace: with ``q=0.95``
-    and ``rate=0.05`` it needs 15 steps to double and 278 to halve.
+    If norms are independent and identically distributed, :math:`\theta` has the
+    standard deviation :math:`\sqrt{\eta q (1 - q) / (2 f)}`, where :math:`f` is the
+    density of the log-norm at the quantile. The quantile of a window of
+    :math:`2 / (\eta f)` norms varies as much. Such a window
+    (:func:`optaxclip.quantile`) costs far more, so this rule suits the many norms of
+    leaves and units. But it moves at its own pace: with ``q=0.95`` and ``rate=0.05`` it
+    needs 15 steps to double and 278 to halve.
 
     Args:
-      q: The share of the norms that is to pass, a number between 0 and 1, both
-        excluded.
+      q: The share of the norms that should pass, above 0 and below 1.
       rate: The step :math:`\eta`, a positive number. With ``q=0.95``, and norms whose
-        logarithms have standard deviation 0.5, 0.05 is worth a window of some 200
-        norms and 0.01 one of 1,000. ``optax.inject_hyperparams`` can schedule it, say
-        to start faster.
-      start: The first threshold, a positive number. If ``None`` (the default), the
-        first recorded norm: one norm tells the scale, which no constant does, and to
-        wait for more would leave more steps unprotected. A start :math:`k` times too
-        low is made good in :math:`\ln k / (\eta q)` steps, one too high in
-        :math:`\ln k / (\eta (1 - q))`.
-      floor: The least threshold, a positive number, so that it never reaches 0, and
-        norms that vanish for a while are not held back for long when they return. The
-        default is Adam's epsilon: gradients below it hardly move a parameter.
+        logarithms have standard deviation 0.5, 0.05 is like a window of some 200
+        norms and 0.01 like one of 1,000. ``optax.inject_hyperparams`` can schedule it,
+        for example to start faster.
+      start: The first threshold, a positive number. If ``None`` (the default), it is
+        the first recorded norm, which shows the scale better than any constant. A start
+        that is :math:`k` times too low is corrected in :math:`\ln k / (\eta q)` steps,
+        one that is too high in :math:`\ln k / (\eta (1 - q))`.
+      floor: The least threshold, a positive number. It keeps the threshold above 0, so
+        that norms which vanish for a while are not clipped for long when they return.
+        The default is Adam's epsilon: gradients below it hardly move a parameter.
 
     Returns:
-      A rule with :class:`TrackedQuantileState`: thresholds of the shapes and dtypes of
-      the norms, each followed by itself. To a derivative they are constants.
+      A rule with ``TrackedQuantileState``: thresholds of the shapes and dtypes of
+      the norms, one for each norm. Derivatives treat thresholds as constants.
 
       ==========================  ==================================================
       norm                        result
       ==========================  ==================================================
       the first                   infinity, or ``start``
       at most ``floor``           recorded as any other, never above the threshold
-      0                           a threshold as any other, but not recorded: a step
-                                  without gradient tells no size
-      NaN, infinite               as 0
+      0                           the same threshold, but it is not recorded: a step
+                                  without gradient has no size
+      NaN, infinite               as for 0
       of an empty tree            an empty tree
       ==========================  ==================================================
 

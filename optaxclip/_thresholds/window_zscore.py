@@ -32,22 +32,21 @@ def window_zscore(
         T_t = \bar n + z \sqrt{\tfrac{1}{m - 1} \textstyle\sum_i (n_i - \bar n)^2},
         \qquad r_t = \min(n_t, T_t)
 
-    over the :math:`m \le` ``window`` norms :math:`r` recorded last, the current one not
-    among them. OLMo and MaxText record the norm itself, so that one spike hides the
-    next: it stays in the window and inflates the deviation. Recorded at the threshold,
-    a spike of any size counts as one of just that size, and norms that have risen for
-    good still raise the threshold step by step. With the
-    defaults the first step that it can bound is the one at index 64, in OLMo-core the
-    one at 63.
+    over the last :math:`m \le` ``window`` recorded norms :math:`r`, without the current
+    one. OLMo and MaxText record the norm itself, so one spike hides the next: it stays
+    in the window and inflates the deviation. This rule records a spike as if it were
+    just at the threshold. Norms that rise and stay high still raise the threshold, step
+    by step. With the defaults, the first step that it can bound is the one at index 64;
+    in OLMo-core it is the one at 63.
 
     Args:
       z_threshold: The number of standard deviations :math:`z > 0`.
       window: How many norms to look back on, at least 2.
-      min_count: The threshold is infinite until so many norms are recorded, at least
+      min_count: The threshold is infinite until this many norms are recorded, at least
         2 and at most ``window``.
 
     Returns:
-      A rule with :class:`WindowZscoreState`, from finite norms to thresholds of their
+      A rule with ``WindowZscoreState``, from finite norms to thresholds of their
       shapes and dtypes. A norm of 0 is not recorded. If all norms recorded are equal,
       the threshold is 1.01 times that norm: the deviation counts as at least
       0.01 / z of the mean.

@@ -39,9 +39,10 @@ class ZscoreState(NamedTuple):
 
 
 def quartiles(window: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""Median, and the distance of the quartiles over 1.349 (of a normal: its sigma).
+    r"""The median, and the interquartile range divided by 1.349.
 
-    Fewer than a quarter of the norms, however large, cannot move either by much.
+    For a normal distribution these are mean and standard deviation. Spikes in less than
+    a quarter of the norms hardly change them, however large they are.
 
     Args:
       window: Norms, ascending along the first axis.
@@ -59,7 +60,7 @@ def quartiles(window: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def moments(window: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and population deviation, as the published code of ZClip starts.
+    """Mean and population standard deviation, with which the published ZClip starts.
 
     Args:
       window: Norms, ascending along the first axis.
@@ -93,38 +94,40 @@ def zscore(
         \mu_{t+1} &= \alpha \mu_t + (1 - \alpha) r_t, \quad
         \sigma_{t+1}^2 = \alpha \sigma_t^2 + (1 - \alpha) (r_t - \mu_{t+1})^2
 
-    The threshold of a spike is the nearer to the mean the larger the spike is:
-    :math:`\mu + z^{*2} \sigma / z` for the z-score :math:`z`. What is remembered of it
-    is the bound :math:`b_t`, and that is where this rule differs from the published
-    code, which remembers :math:`T_t`. Each spike then is an observation close to the
-    mean, so it shrinks :math:`\sigma`: once norms have risen for good, all of them are
-    spikes, :math:`\sigma` decays as :math:`\alpha^{t/2}`, :math:`\mu` stops and the
-    clip stays shut for ever (lognormal norms of log-deviation 0.1, twice as large from
-    some step on: no recovery in 20,000 steps). An observation at :math:`b_t` widens
-    it instead, :math:`\sigma_{t+1}^2 = (\alpha + (1 - \alpha) \alpha^2 z^{*2})
-    \sigma_t^2 \approx 1.15 \sigma_t^2`, so that the bound grows geometrically and
-    reaches the new norms, while a single spike, of any size, moves the mean by
-    :math:`(1 - \alpha) z^* \sigma` only. The second difference is the start, from the
-    quartiles of the warm-up instead of its moments: spikes in it are ignored.
+    The larger a spike, the nearer its threshold is to the mean:
+    :math:`\mu + z^{*2} \sigma / z` for the z-score :math:`z`.
+
+    It differs from the published code in two ways. First, in what it remembers of a
+    spike. The published code remembers :math:`T_t`, which is close to the mean, so each
+    spike shrinks :math:`\sigma`. If norms rise and stay high, all of them are spikes:
+    :math:`\sigma` decays as :math:`\alpha^{t/2}`, :math:`\mu` stops, and every step is
+    clipped from then on. (Lognormal norms of log-deviation 0.1 that double at some
+    step: no recovery in 20,000 steps.) This rule remembers the bound :math:`b_t`, which
+    widens it: :math:`\sigma_{t+1}^2 = (\alpha + (1 - \alpha) \alpha^2 z^{*2})
+    \sigma_t^2 \approx 1.15 \sigma_t^2`. The bound grows geometrically and reaches the
+    new norms, while a single spike of any size moves the mean by only :math:`(1 -
+    \alpha) z^* \sigma`. Second, it starts from the quartiles of the warm-up instead of
+    its moments, and so ignores spikes in it.
 
     Args:
       z_threshold: :math:`z^* > 0`. Below about 1.03 the bound grows by
         ``min_deviation`` only.
       decay: :math:`\alpha` in [0, 1) of both averages.
-      warmup: How many norms to start from; the threshold is infinite until they are
-        seen. ``lowest(zscore(...), max_norm)`` caps it, then and later.
-      start: From these norms, ascending along the first axis, to :math:`\mu` and
-        :math:`\sigma`: :func:`quartiles` (the default) or :func:`moments`.
+      warmup: How many norms to start from. Until then the threshold is infinite;
+        ``lowest(zscore(...), max_norm)`` caps it, then and later.
+      start: A function from these norms, in ascending order along the first axis, to
+        the first :math:`\mu` and :math:`\sigma`: :func:`optaxclip.rules.quartiles` (the
+        default) or :func:`optaxclip.rules.moments`.
       response: What a spike is clipped to: ``reciprocal`` (the default), ``at_mean``,
         ``at_bound``, or any function ``(norm, mean, bound) -> threshold``.
       record: What is remembered of it, one of the same functions.
-      min_deviation: Least :math:`\sigma / \mu` that the bound is computed with, so
-        that norms which hardly vary cannot shut it.
-      floor: Least threshold, in the units of the norm: it is never 0.
+      min_deviation: The least :math:`\sigma / \mu` that the bound is computed with, so
+        that norms which hardly vary are not clipped.
+      floor: The least threshold, in the units of the norm, so that it is never 0.
 
     Returns:
-      A rule with :class:`ZscoreState`, from finite norms to thresholds of their shapes
-      and dtypes. It costs ``warmup + 3`` numbers a norm.
+      A rule with ``ZscoreState``, from finite norms to thresholds of their shapes
+      and dtypes. It keeps ``warmup + 3`` numbers for each norm.
 
       ===========================  =================================================
       norm                         threshold
@@ -133,7 +136,7 @@ def zscore(
       0                            as for any ordinary norm; it is not recorded
       at most the bound            the bound
       beyond the bound             between mean and bound
-      ever the same                ``1 + z_threshold * min_deviation`` times it
+      always the same              ``1 + z_threshold * min_deviation`` times it
       ===========================  =================================================
 
     Raises:

@@ -33,10 +33,10 @@ def zclip(
     .. math:: T_t = \mu_t + z^{*2} \sigma_t^2 / (n_t - \mu_t) \quad\text{where }
               n_t > \mu_t + z^* \sigma_t
 
-    It differs from the published code in what it remembers of a spike: that code never
-    recovers from a lasting rise of the norm. :func:`optaxclip.zscore` has the
-    equations, the reason, and the options for the published recursion, which also has a
-    ``max_norm`` of 1 by default.
+    It differs from the published code in what it remembers of a spike, because that
+    code never recovers from a lasting rise of the norm. :func:`optaxclip.zscore` has
+    the equations, the reason, and the options that give the published recursion. The
+    published code also has a ``max_norm`` of 1 by default.
 
     On the eleven trainings of ``docs/choosing.md`` it is at most 27.0 % worse than the
     best of nine constants (a recurrent network under SGD), and 6.4 % on average.
@@ -44,7 +44,7 @@ def zclip(
     Args:
       z_threshold: :math:`z^* > 0`.
       decay: The decay of the running mean and deviation, in [0, 1).
-      warmup: The number of norms to start from; until then only ``max_norm`` clips.
+      warmup: The number of norms to start from. Until then only ``max_norm`` clips.
       max_norm: A cap on the threshold: a number, an array of shape () or a schedule.
       norm: What to measure.
       axis_name: As in :func:`optaxclip.clip_by`.
@@ -90,19 +90,20 @@ def adagc(
               \gamma_l \leftarrow \beta \gamma_l + (1 - \beta) \min(\|g_l\|,
               \lambda \gamma_l)
 
-    Before that, for ``warmup`` steps, the whole gradient is clipped to a global norm
-    and :math:`\gamma_l` is the least norm of the leaf so far. The AdaGC of
-    pytorch_optimizer warms up for one step less: 99 where this one takes 100.
+    For the first ``warmup`` steps, the whole gradient is clipped to a global norm, and
+    :math:`\gamma_l` is the smallest norm of the leaf so far. (The AdaGC of
+    pytorch_optimizer warms up for 99 steps where this one takes 100.)
 
-    Two limits of the published form. The cap lasts ``warmup`` steps, but each leaf
-    waits for as many norms above 0: one that unfreezes later has no threshold for its
-    first. And where norms are far above ``warmup_norm``, :math:`\gamma_l` starts at the
-    capped ones and can grow by a thousandth a step: set ``warmup_norm`` to their size.
+    The published form has two limits. The cap lasts ``warmup`` steps, but each leaf
+    waits for as many norms above 0, so a leaf that is unfrozen later has no threshold
+    for its first ``warmup`` norms. And if norms are far above ``warmup_norm``,
+    :math:`\gamma_l` starts at the capped norms and can grow only by a thousandth per
+    step: set ``warmup_norm`` to the size of your norms.
 
-    It is no guard against rare events: norms that vary by 10 % are clipped in four of
-    ten steps, by 30 % in seven, and a mean that is fed clipped norms doubles in 690
-    steps at best. ``clip_by(leaf_norm, optax.chain(quantile(0.5, 100),
-    optax.scale(2.0)))`` is one.
+    It is not a guard against rare events. It clips norms that vary by 10 % in four of
+    ten steps, and norms that vary by 30 % in seven. Its mean sees clipped norms, so it
+    takes at least 690 steps to double. ``clip_by(leaf_norm, optax.chain(quantile(0.5,
+    100), optax.scale(2.0)))`` is such a guard.
 
     On the eleven trainings of ``docs/choosing.md`` it is at most 43.8 % worse than the
     best of nine constants (PPO), and 5.4 % on average.
@@ -110,17 +111,18 @@ def adagc(
     Args:
       ratio: :math:`\lambda > 1`.
       decay: :math:`\beta` in [0, 1).
-      warmup: The number of steps to start from; per leaf, norms of 0 not counted.
-      warmup_norm: The global norm until then. ``None`` clips nothing in that time, and
-        saves a second read of the gradients.
+      warmup: The number of steps to start from. For a leaf, norms of 0 do not count.
+      warmup_norm: The largest global norm until then. ``None`` clips nothing in that
+        time, and saves a second read of the gradients.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
-      A chain of a clip by global norm, ``warmup``, and one by leaf norm, ``adagc``, by
-      whose names :func:`optaxclip.metrics` tells them apart: their states are a dict;
-      without ``warmup_norm`` the second alone. Norms of 0 (frozen leaves, experts
-      without tokens) or not finite are not remembered; in the published form 100
-      steps of 0 take 2,000 to recover from.
+      A chain of two clips, by global norm and by leaf norm. Its state is a dict with
+      the keys ``warmup`` and ``adagc``, which are also the prefixes of
+      :func:`optaxclip.metrics`. Without ``warmup_norm`` it is the second clip alone.
+      Norms that are 0 (frozen leaves, experts without tokens) or not finite are not
+      remembered. In the published form it takes 2,000 steps to recover from 100 steps
+      of 0.
 
     Raises:
       ValueError: ``ratio`` is not above 1, ``decay`` outside [0, 1), ``warmup`` no

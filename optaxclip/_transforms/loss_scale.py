@@ -63,9 +63,9 @@ def dynamic_loss_scale(
               (0,\, x,\, \max(b s, s_{min})) & \text{else}\end{cases}
 
     for a state :math:`x` of ``inner``. Multiply the loss by :func:`loss_scale`, in
-    float32, and pass the gradients as they come. It stands outermost: every clip, rule
-    and accumulator inside sees true gradients in float32, and no step that overflowed.
-    bfloat16 has the range of float32 and needs no loss scale.
+    float32, and pass the gradients as they are. Put this transformation outermost:
+    every clip, rule and accumulator inside then sees true gradients in float32, and no
+    step that overflowed. bfloat16 has the range of float32 and needs no loss scale.
 
     The gradients are divided whether or not the loss was multiplied. If nothing in the
     process has called :func:`loss_scale` by the first update, a warning says so.
@@ -73,10 +73,10 @@ def dynamic_loss_scale(
     Args:
       inner: The whole optimizer: clips, ``optax.MultiSteps``, :func:`skip_spikes`.
       init_scale: The first :math:`s`. The default is the largest power of two that
-        float16 holds, and so can be the derivative of a float16 loss.
-      growth_interval: :math:`N \ge 1`: after so many steps without an overflow the
-        scale grows. At 2000, the usual value, it costs one step in 2000 to find out
-        that a larger scale does not fit.
+        float16 can hold, which the derivative of a float16 loss has to fit.
+      growth_interval: :math:`N \ge 1`: the scale grows after this many steps without an
+        overflow. At 2000, the usual value, one step in 2000 is lost to find out that a
+        larger scale does not fit.
       growth_factor: :math:`c > 1`.
       backoff_factor: :math:`b` in (0, 1).
       min_scale: :math:`s_{min}`, at least 2**-126.
@@ -101,10 +101,11 @@ def dynamic_loss_scale(
       zero, or an empty tree      finite: what ``inner`` returns
       ==========================  ==================================================
 
-      A NaN that is no overflow, of a bad batch, costs a back-off too and does no other
-      harm. In :func:`skip_nonfinite` or ``optax.apply_if_finite`` the scale could never
-      back off, and in ``optax.MultiSteps`` the accumulator would keep the infinity:
-      put them inside, where the first two are not needed.
+      A NaN that comes from a bad batch and not from an overflow also lowers the scale;
+      it does no other harm. Do not put this transformation inside
+      :func:`skip_nonfinite` or ``optax.apply_if_finite``, where the scale could never
+      come down, or inside ``optax.MultiSteps``, whose accumulator would keep the
+      infinity. Put ``MultiSteps`` inside; the other two are not needed.
 
     Raises:
       ValueError: ``init_scale`` is not within ``min_scale`` and ``max_scale``, these

@@ -29,12 +29,12 @@ def clip_by_percentile(
     norm: Norm = default(global_norm),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips to 1.5 times the 10th percentile of the last norms: nothing to tune.
+    r"""Clips to 1.5 times the 10th percentile of the last norms: no threshold to tune.
 
     .. math:: T_t = c \cdot \min(1, m / R) \cdot P_p(n_{t-N+1}, \dots, n_t), \quad
               g \leftarrow g \cdot \min(1, T_t / n_t)
 
-    where :math:`m \le N` norms are recorded, as they come, before clipping.
+    where :math:`m \le N` is the number of norms recorded so far, before clipping.
 
     On the eleven trainings of ``docs/choosing.md`` it is at most 3.3 % worse than the
     best of nine constants, and 0.2 % on average.
@@ -44,9 +44,9 @@ def clip_by_percentile(
     * A low percentile of a long window falls within ``percentile / 100 * window``
       steps and rises within the rest. So the threshold comes down with the norms, and
       a burst of spikes does not raise it.
-    * The factor leaves the smaller steps as they are, and most of the length of the
-      others, so that plain SGD keeps most of its learning rate. A spike is clipped to
-      the size of an ordinary step.
+    * The factor leaves the smaller steps unchanged, and shortens the others by little,
+      so that plain SGD keeps most of its learning rate. A spike is clipped to the size
+      of an ordinary step.
     * The ramp makes the first steps small. Norms are largest there, and Adam's second
       moment remembers them for :math:`1 / (1 - \beta_2)` steps.
 

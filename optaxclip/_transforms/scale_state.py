@@ -20,10 +20,10 @@ _is_known = False
 class LossScaleState(NamedTuple):
     """State of :func:`dynamic_loss_scale`. Counters never wrap around."""
 
-    loss_scale: jax.Array  # float32 scalar: what to multiply the next loss by
-    steps_since_overflow: jax.Array  # int32 scalar: steps made since the last overflow
-    overflow_count: jax.Array  # int32 scalar: steps skipped since the start
-    inner_state: PyTree  # as the last step that was made left it
+    loss_scale: jax.Array  #: what to multiply the next loss by; float32
+    steps_since_overflow: jax.Array  #: steps made since the last overflow; int32
+    overflow_count: jax.Array  #: steps skipped since the start; int32
+    inner_state: PyTree  #: as the last step that was made left it
 
     __repr__ = shown
 

@@ -59,7 +59,7 @@ def test_a_clip_reads_the_gradients_once_and_copies_nothing(name, monkeypatch):
 
 
 def test_optax_is_what_the_budget_was_set_against():
-    """If this fails, optax has become cheaper: the README says otherwise."""
+    """If this fails, optax has become cheaper: README and docs say otherwise."""
     moved, temporary, accessed = cost("optax")
     assert moved - cost("adamw")[0] > 4.5
     assert temporary > 0.9

@@ -1,7 +1,8 @@
 """Mean over devices, unscale, accumulate, clip, optimizer: as one step on one device.
 
-Each recipe of docs/recipes.md trains on eight devices, or in micro-batches, and has to
-end where one device and one batch end: parameters to rounding, decisions exactly.
+Each way to train in docs/how_to/several_devices.md runs on eight devices, or in
+micro-batches, and has to end where one device and one batch end: parameters to
+rounding, decisions exactly.
 """
 
 import functools

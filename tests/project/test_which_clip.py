@@ -106,7 +106,7 @@ def test_the_page_has_the_tables_of_the_study():
     assert choosing(RESULTS["tasks"]) in page
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/index.md"])
 def test_pages_have_the_regret_of_the_default_and_of_no_clip(page):
     text = " ".join((ROOT / page).read_text().split())
     worst, mean = worst_and_mean(RESULTS["tasks"], "clip_by_percentile()")

@@ -1,4 +1,4 @@
-"""The README's table of what is different from optax, row by row, on both sides."""
+"""The table of docs/moving.md: what is different from optax, row by row."""
 
 import jax
 import jax.numpy as jnp
