@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import optaxclip
-from optaxclip.audit import _cli, compare, parse_rule, read, suggest
+from optaxclip.audit import _cli, _commands, compare, parse_rule, read, suggest
+from optaxclip.audit._report import page as page_module
 from optaxclip.audit._report import statistics as stats
-from optaxclip.audit._what_if import optimizer_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = ("summary", "suggest", "replay", "report")
@@ -138,7 +138,7 @@ def test_suggest(capsys, run_log):
     assert _cli.main(["suggest", str(run_log)]) == 0
     out = capsys.readouterr().out
     data = read(run_log)
-    fixed, percentile, remarks = suggest(data.norm, optimizer_of(data))
+    fixed, percentile, remarks = suggest(data)
     for text in (fixed.setting, fixed.reason, percentile.reason, *remarks):
         assert text in " ".join(out.split())
     assert max(map(len, out.splitlines()[:-1])) <= 80
@@ -152,14 +152,13 @@ def test_suggest_json(capsys, run_log):
     assert _cli.main(["suggest", str(run_log), "--json"]) == 0
     suggested = strict(capsys.readouterr().out)
     data = read(run_log)
-    expected = suggest(data.norm, optimizer_of(data))
+    expected = suggest(data)
     assert suggested["fixed"] == expected.fixed._asdict()
     assert suggested["percentile"] == expected.percentile._asdict()
     assert suggested["remarks"] == list(expected.remarks)
 
 
 def test_report(capsys, run_log, tmp_path):
-    pytest.importorskip("optaxclip.audit._report")
     page = tmp_path / "page.html"
     options = ["-o", str(page), "--title", "A title"]
     assert _cli.main(["report", str(run_log), *options]) == 0
@@ -354,14 +353,15 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"optaxclip {optaxclip.__version__}\n"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "watch"])
 def test_help_has_an_example_that_parses(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         _cli.main([command, "--help"])
     assert exit_.value.code == 0
     example = capsys.readouterr().out.splitlines()[-1]
     argv = shlex.split(example.removeprefix("example: optaxclip "))
-    assert _cli._parser().parse_args(argv).log == "run.jsonl"
+    parsed = vars(_cli._parser().parse_args(argv))
+    assert parsed.get("logs", [parsed.get("log")]) == ["run.jsonl"]
     assert argv[0] == command
 
 
@@ -439,7 +439,7 @@ def test_an_error_of_the_system_without_a_file_name(capsys, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(_cli, "read", denied)
+    monkeypatch.setattr(_commands, "read", denied)
     error = failed(capsys, arguments("summary", "run.jsonl"))
     assert error == "optaxclip: run.jsonl: Permission denied\n"
 
@@ -451,7 +451,6 @@ def test_an_error_of_the_system_without_a_file_name(capsys, monkeypatch):
         (["plot"], "invalid choice: 'plot'"),
         (["summary"], "the following arguments are required: log"),
         (["replay", "run.jsonl"], "the following arguments are required: --rule"),
-        (["report", "run.jsonl"], "the following arguments are required: -o/--output"),
         (["summary", "run.jsonl", "--rule", "zscore"], "unrecognized arguments"),
         (
             ["replay", "run.jsonl", "--rule", "median:3"],
@@ -537,23 +536,15 @@ HEADS = [
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_a_first_line_of_other_types(capsys, tmp_path, head):
+def test_a_first_line_of_other_types(capsys, monkeypatch, tmp_path, head):
+    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    monkeypatch.setattr(page_module.stills, "image", lambda _: "")
     rows = [logs.row(i, 1.0) for i in range(3)]
     path = logs.write(tmp_path / "run.jsonl", rows, **head)
     for command in ("summary", "report"):
         assert _cli.main(arguments(command, path)) == 0
     assert _cli.main(["summary", str(path), "--json"]) == 0
     assert capsys.readouterr().err == ""
-
-
-class Report:
-    """The module of the report, as far as the command line knows it."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def report(self, data, path, *, title=None):
-        raise self.error
 
 
 @pytest.mark.parametrize(
@@ -569,17 +560,16 @@ class Report:
             "pages: cannot be written",
         ),
         (
-            ModuleNotFoundError("No module named 'matplotlib'"),
-            'the report needs matplotlib: pip install "optaxclip[audit]"',
-        ),
-        (
-            ImportError("`report()` needs matplotlib."),
-            'the report needs matplotlib: pip install "optaxclip[audit]"',
+            ModuleNotFoundError("No module named 'jinja2'", name="jinja2"),
+            'the report needs jinja2: pip install "optaxclip[audit]"',
         ),
     ],
 )
 def test_a_report_that_cannot_be_written(capsys, monkeypatch, run_log, error, message):
-    monkeypatch.setitem(sys.modules, "optaxclip.audit._report", Report(error))
+    def fail(*_, title):
+        raise error
+
+    monkeypatch.setattr(_commands, "report", fail)
     found = failed(capsys, ["report", str(run_log), "-o", "page.html"])
     assert found == f"optaxclip: {message}\n"
 
@@ -647,7 +637,8 @@ def test_the_entry_point():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, name = project["scripts"]["optaxclip"].partition(":")
     assert getattr(importlib.import_module(module), name) is _cli.main
-    assert project["optional-dependencies"]["audit"] == ["matplotlib"]
+    audit = project["optional-dependencies"]["audit"]
+    assert audit == ["jinja2", "matplotlib", "rich"]
 
 
 def test_a_terminal_that_lacks_a_character(run_log, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 from optaxclip.audit import _text as text
 from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as stats
-from optaxclip.audit._report.finding import Finding, span
+from optaxclip.audit._report.finding import Finding, at, span
 from optaxclip.audit._what_if import longest_streak
 
 OVER = 0.5  # share of steps clipped, from which on a clip sets the length of steps
@@ -52,7 +52,8 @@ def over_clipping(data: LogData) -> Finding | None:
         f"{data.step[rows][0]} to {data.step[rows][-1]}, against "
         f"{text.share(s.clipped_share)} in the whole run."
     )
-    return Finding("notice", "For a while most steps were clipped", detail)
+    ends = at(data.step[rows][[0, -1]])
+    return Finding("notice", "For a while most steps were clipped", detail, ends)
 
 
 def under_clipping(data: LogData) -> Finding | None:

@@ -1,5 +1,6 @@
 """Numbers about a log, from which its summary, its plots and its tables are made."""
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -187,6 +188,28 @@ def in_words(data: LogData, leaves: tuple[str, ...]) -> str:
     if len(leaves) > NAMED:
         return f"{len(leaves):,} of {total:,} parameters"
     return ", ".join(leaves)
+
+
+def rows_of(data: LogData, rows: slice) -> LogData:
+    """A log of some of its rows."""
+    names = ("step", "norm", "threshold", "scale", "loss", "clipped", "skipped")
+    columns = {name: getattr(data, name)[rows] for name in names}
+    leaves = None if data.leaf_norms is None else data.leaf_norms[rows]
+    return dataclasses.replace(data, **columns, leaf_norms=leaves)
+
+
+def largest_leaves(data: LogData, most: int) -> np.ndarray:
+    """The leaves with the largest median norms, largest first."""
+    assert data.leaf_norms is not None
+    known = np.where(np.isfinite(data.leaf_norms), data.leaf_norms, np.nan)
+    medians = np.nan_to_num(row_medians(known.T))
+    return np.argsort(-medians, kind="stable")[:most]
+
+
+def spans_decades(values: np.ndarray) -> bool:
+    """Whether values are drawn better on a logarithmic axis."""
+    known = values[np.isfinite(values)]
+    return bool(len(known) and known.min() > 0 and known.max() > 30 * known.min())
 
 
 def leaves_are_scaled(data: LogData) -> bool:
