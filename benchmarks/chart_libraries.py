@@ -1,7 +1,7 @@
 """Compare libraries that could draw the report: bytes, and time to draw many steps.
 
-    npm pack uplot && npm pack plotly.js-basic-dist-min   # and so on, then
-    python benchmarks/chart_libraries.py uplot=uPlot.iife.min.js plotly=plotly-basic.min.js
+    npm pack uplot && npm pack plotly.js-basic-dist-min  # and so on, unpacked
+    python benchmarks/chart_libraries.py uplot=uPlot.js plotly=plotly-basic.js
 
 Each library draws in Chromium, from a page with the content security policy of the
 report: scripts by hash alone, so no `eval`. Needs Playwright and Chromium.
@@ -91,7 +91,8 @@ def main() -> None:
                 file = folder / "page.html"
                 file.write_text(page_of(library, name, steps, count))
                 cells.append(measured(browser, file))
-            print(f"{name:10} {len(library.encode()):10,}", *(f"{c:>22}" for c in cells))
+            size = len(library.encode())
+            print(f"{name:10} {size:10,}", *(f"{cell:>22}" for cell in cells))
 
 
 def measured(browser, file: pathlib.Path) -> str:

@@ -153,10 +153,11 @@ def _mark_bad(axes: Axes, data: LogData, with_label: bool) -> None:
         (data.skipped, SKIPPED, "", "skipped"),
         (reached, BAD, "///", "NaN or infinite, not skipped"),
     ]:
-        for first, last in stretches(flags, 100).tolist():
+        steps = data.step[stretches(flags, 100)].tolist()
+        for first, last in steps:
             axes.axvspan(
-                data.step[first] - 0.5,
-                data.step[last] + 0.5,
+                first - 0.5,
+                last + 0.5,
                 color=color,
                 alpha=0.35,
                 hatch=hatch,

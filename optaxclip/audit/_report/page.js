@@ -113,7 +113,7 @@
       const values = drawable(run[quantity], log), soft = set.smooth && !own.rough;
       const raw = { label, x: run.x, values, ...look, faint: soft };
       const smooth = { ...raw, values: soft && smoothed(run, values), faint: false,
-        label: `${label}, median of ${set.smooth} steps`, spans: true };
+        label: `${alone ? "" : `${label}, `}median of ${set.smooth} steps`, spans: true };
       return soft ? [raw, smooth] : [raw];
     });
     const share = (counts, label, look) => runs.map((run, r) => {
@@ -125,7 +125,7 @@
     const norm = lines("norm", set.logNorm, { label: "norm before clipping", hue: 0 });
     const list = [];
     const add = (title, all, more = {}) =>
-      list.push({ title, lines: all, height: 140, ...more });
+      list.push({ title, lines: all, height: 120, ...more });
     if (alone) {
       const [run] = runs;
       const clipped = norm[0].values.map((v, i) => (run.action[i] & 1 ? v : null));
@@ -152,19 +152,20 @@
     return list;
   }
 
+  // Of one run over the whole height; of several each has a lane along the top.
   function band(u) {
-    const { ctx, bbox } = u, right = bbox.left + bbox.width;
-    runs.forEach((run) => Object.entries(run.bands).forEach(([kind, spans]) => {
-      ctx.fillStyle = color(kind === "skipped" ? "--band" : "--bad");
+    const { ctx, bbox } = u, right = bbox.left + bbox.width, lane = 6 * devicePixelRatio;
+    runs.forEach((run, r) => Object.entries(run.bands).forEach(([kind, spans]) => {
+      const top = bbox.top + (alone ? 0 : r * lane);
+      const height = alone ? bbox.height : lane - 2, stripe = kind === "reached";
+      ctx.fillStyle = color(alone ? (stripe ? "--bad" : "--band") : `--c${r % 8}`);
       for (const [a, b] of spans) {
         const from = u.valToPos(a + run.shift - 0.5, "x", true);
         const to = Math.max(u.valToPos(b + run.shift + 0.5, "x", true), from + 2);
         if (to < bbox.left || from > right) continue;
         const left = Math.max(from, bbox.left), width = Math.min(to, right) - left;
-        if (kind === "skipped") ctx.fillRect(left, bbox.top, width, bbox.height);
-        else // hatched
-          for (let y = 0; y < bbox.height; y += 8)
-            ctx.fillRect(left, bbox.top + y, width, 3);
+        if (!stripe || !alone) ctx.fillRect(left, top, width, height);
+        else for (let y = 0; y < height; y += 8) ctx.fillRect(left, top + y, width, 2);
       }
     }));
   }
@@ -208,7 +209,7 @@
         y: { distr: panel.log ? 3 : 1, range: least } },
       series: [{}, ...series],
       axes: [{ ...axis(), values: (_, splits) => splits.map((x) =>
-        Number.isInteger(x) ? stepName(x) : ""), space: 80 },
+        Number.isInteger(x) ? stepName(x) : ""), space: 80, size: 28 },
       { ...axis(), size: 62, values: (_, splits) => splits.map(label),
         ...(panel.log && { splits: decades, filter: (u, splits) => splits }), space: 28 }],
       cursor: { sync: { key: "steps", scales: ["x", null], setSeries: false,
@@ -233,7 +234,8 @@
       svg.setAttribute("aria-hidden", "true");
       const mark = svg.appendChild(document.createElementNS(svg.namespaceURI, "path"));
       mark.setAttribute("d", line.dots ? "M13 4h4" : "M0 4h30");
-      mark.setAttribute("stroke-width", line.dots ? 5 : 3);
+      mark.setAttribute("stroke-width", line.dots || line.spans ? 5 : 3);
+      mark.setAttribute("stroke-opacity", line.faint ? 0.5 : 1);
       mark.setAttribute("stroke", `var(--c${line.hue})`);
       mark.setAttribute("stroke-dasharray", (DASHES[line.dash || 0]).join(" "));
       button.append(svg, line.label);
@@ -369,10 +371,13 @@
   if (kept.length) notes.push("Of a long run, the plots hold the steps with the smallest, "
     + "middle and largest norm and loss of every " + Math.ceil(kept[0].steps / 8000)
     + " steps; shares count all steps.");
-  if (runs.some((run) => run.bands.skipped.length)) notes.push("Gray bands: skipped steps.");
-  if (runs.some((run) => run.bands.reached.length)) notes.push(
-    "Striped bands: the norm was NaN or infinite, and the step was not skipped.");
-  notes.push("Lines without a value at a step leave a gap there. Click a name above a plot to hide its line.");
+  const has = (kind) => runs.some((run) => run.bands[kind].length);
+  const why = "the norm was NaN or infinite, and the step was not skipped.";
+  if (!alone && (has("skipped") || has("reached"))) notes.push(
+    "Bars along the top, in the colors of the runs: the step was skipped, or " + why);
+  else if (has("skipped")) notes.push("Gray bands: skipped steps.");
+  if (alone && has("reached")) notes.push(`Striped bands: ${why}`);
+  notes.push("Click a name above a plot to hide its line.");
   at("notes").textContent = notes.join(" ");
 
   at("live").hidden = false;
