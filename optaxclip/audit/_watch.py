@@ -81,7 +81,7 @@ def view(path: str, data: LogData | None, width: int) -> RenderableType:
     title = Text(text.shown(path, max(width - 12, 20)))
     if data is None or not len(data.step):
         return Panel(Text("No steps yet."), title=title, subtitle="q quits")
-    parts = [_numbers(data), chart(data, width - 16), _events(data)]
+    parts = [_numbers(data), chart(data, width - 14), _events(data)]
     return Panel(Group(*parts), title=title, subtitle="q quits")
 
 
@@ -137,12 +137,12 @@ def _events(data: LogData) -> RenderableType:
     recent = stats.rows_of(data, slice(first, None))
     rows = np.union1d(stats.spikes(recent), np.flatnonzero(~np.isfinite(recent.norm)))
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    for name in ("last events", "norm", "threshold", "what happened", "parameter"):
+    for name in ("last events", "norm", "threshold", "outcome", "parameter"):
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     for row in rows[-EVENTS:]:
         e = stats.event(recent, int(row), float("nan"))
         numbers = text.number(e.norm), text.number(e.threshold)
-        cells = (f"step {e.step}", *numbers, e.action, text.shown(e.leaf, 40))
+        cells = (f"step {e.step}", *numbers, e.action, text.shown(e.leaf, 26))
         table.add_row(*map(Text, cells))
     if not len(rows):
         return Text(
