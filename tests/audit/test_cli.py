@@ -259,6 +259,12 @@ FINDINGS = {
         "1 spike reached the optimizer",
         "A lower threshold would cut such spikes down to an ordinary size.",
     ),
+    "a spike that nothing bounds": (
+        finding(np.where(np.arange(400) == 123, 90.0, STEADY), np.inf),
+        "problem",
+        "1 spike reached the optimizer",
+        "No threshold bounded them. A fixed one would cut such spikes down; so would",
+    ),
     "some spikes held": (
         finding(np.where(np.isin(np.arange(400), [50, 90]), 9.0, STEADY), 4.0)[:80]
         + finding(np.where(np.arange(400) == 90, 9.0, STEADY), 8.0)[80:],
@@ -282,6 +288,18 @@ FINDINGS = {
         "The norms rise",
         "The median norm went from 1.07 (steps 0 to 39) to 3.74 (steps 360 to 399), "
         "the threshold from 8 to 8: 0% of the steps were clipped then, and 0% at the",
+    ),
+    "a rise at the start alone": (
+        finding(np.minimum(np.geomspace(1.0, 60.0, 400), 5.0), 6.0),
+        "fine",
+        HEALTHY,
+        "",
+    ),
+    "a jump that stays": (
+        finding(np.where(np.arange(400) < 120, DECAY, 5.0), 6.0),
+        "notice",
+        "The norms rise",
+        "(steps 360 to 399)",
     ),
     "a rise after a decay": (
         finding(np.concatenate([DECAY[:200], np.geomspace(1.0, 4.0, 200)]), 6.0),

@@ -29,7 +29,7 @@ def reached_the_optimizer(data: LogData) -> Finding | None:
         "reached the optimizer. Resume from a checkpoint of an earlier step, with the "
         "optimizer wrapped in skip_nonfinite."
     )
-    steps = data.step[rows]
+    steps = data.step[rows[:1] if lasting else rows]
     return Finding("problem", title, detail.lstrip(), at(steps))
 
 

@@ -20,6 +20,7 @@ SKIPPED, BAD = "#B0B0B0", "#D55E00"
 COLORS = (NORM, BAD, LOSS, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 DASHES = ("-", "--", ":", "-.")
 LEAVES = len(COLORS)  # lines of parameters, at most
+PARAMETERS = "norm by parameter"
 GROUPS = 150  # of steps; of each some rows are drawn
 LIMIT = 1e100  # drawn at most; an axis cannot span all of float64
 
@@ -56,7 +57,7 @@ def plot(runs: Mapping[str, LogData]) -> Figure:
     panels = {_norms: 2.4, (_scales if alone else _thresholds): 1.0, _shares: 1.0}
     panels |= {_losses: 1.3} if any_loss else {}
     panels |= {_leaves: 2.0} if alone and has_leaves(*runs.values()) else {}
-    figure = Figure((9.2, 1.55 * sum(panels.values())), layout="constrained")
+    figure = Figure((9.2, 1.3 * sum(panels.values())), layout="constrained")
     ratios = [*panels.values()]
     stack = figure.subplots(len(panels), sharex=True, height_ratios=ratios)
     for i, (name, data) in enumerate(runs.items()):
@@ -71,7 +72,8 @@ def plot(runs: Mapping[str, LogData]) -> Figure:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "frameon": False}
-        axes.legend(fontsize="small", ncols=4, **place)
+        columns = 2 if axes.get_ylabel() == PARAMETERS else 4  # names may be long
+        axes.legend(fontsize="small", ncols=columns, **place)
         axes.margins(x=0.01)
     stack[-1].set_xlabel("step")
     stack[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -124,7 +126,8 @@ def _shares(axes: Axes, data: LogData, rows: np.ndarray, look: Look) -> None:
         shares = np.add.reduceat(flags, starts, dtype=float) / sizes
         axes.plot(middle, shares, **style)
     axes.set(ylabel="share of steps" if not look.name else "share clipped")
-    axes.set_ylim(bottom=0)
+    top = max(float(np.max(line.get_ydata())) for line in axes.lines)
+    axes.set_ylim(0, 1.05 * top or 1.0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
 
@@ -143,7 +146,7 @@ def _leaves(axes: Axes, data: LogData, rows: np.ndarray, look: Look) -> None:
         norms = _positive(data.leaf_norms[rows, leaf])
         style = Look(data.leaf_names[leaf] or "-", COLORS[i], DASHES[i % 4])
         axes.plot(data.step[rows], norms, **style.of("", NORM))
-    axes.set(yscale="log", ylabel="norm by parameter")
+    axes.set(yscale="log", ylabel=PARAMETERS)
 
 
 def _mark_bad(axes: Axes, data: LogData, with_label: bool) -> None:

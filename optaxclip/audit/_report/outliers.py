@@ -40,12 +40,12 @@ def spikes(data: LogData) -> Finding | None:
     else:
         title = f"{passed.sum():,} of {number} reached the optimizer"
         detail += f" Not held: {text.steps(data.step[rows][passed])}."
-    detail += (
-        f" The clip left the norm at {stats.SPIKE:g} times the usual one or more. A "
-        "lower threshold would cut such spikes down to an ordinary size"
-    )
+    lower = f"The clip left the norm at {stats.SPIKE:g} times the usual one or more. A "
+    lower += "lower threshold would cut such spikes down to an ordinary size"
+    if np.isinf(data.threshold[rows[passed]]).all():
+        lower = "No threshold bounded them. A fixed one would cut such spikes down"
     adaptive = "; so would one that adapts, such as clip_by_percentile."
-    detail += "." if stats.moves(data) else adaptive
+    detail += f" {lower}{'.' if stats.moves(data) else adaptive}"
     return Finding("problem", title, detail, at(data.step[rows[passed]]))
 
 

@@ -216,8 +216,8 @@ def _differences(runs: Mapping[str, LogData]) -> Table:
     rows = [(name, *(column.get(name, "-") for column in columns)) for name in names]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     same = len(names) - len(rows)
-    caption = f"What differs between the runs; {text.count(same, 'entry')} more"
-    caption = caption.replace("entrys", "entries") + " are the same in all."
+    caption = f"What differs between the runs. Other entries of the logs: {same:,}, "
+    caption += "the same in all of them."
     texts = tuple(range(1, len(runs) + 1))
     return Table("differences", caption, ("what", *runs), rows, texts)
 
