@@ -15,6 +15,8 @@ def with_shown_names(data: LogData) -> LogData:
     """A log for display: names in it print and are of a bounded length."""
     names = tuple(map(shown, data.leaf_names))
     metadata = {shown(key): _shown(data.metadata[key]) for key in data.metadata}
+    if names == data.leaf_names and metadata == data.metadata:
+        return data  # of which statistics may be known
     return dataclasses.replace(data, leaf_names=names, metadata=metadata)
 
 

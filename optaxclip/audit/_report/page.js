@@ -137,10 +137,12 @@
     add("scale (what the clip multiplied the gradient by)",
       lines("scale", false, { label: "scale", hue: 0, rough: true }), { most: 1 });
     const skips = runs[0].bands.skipped.length && alone;
-    add(alone ? "share of steps" : "share of clipped steps", [
+    const again = () => [
       ...share("clippedBefore", "clipped", { hue: 4 }),
       ...(skips ? share("skippedBefore", "skipped", { hue: 1, dash: 2 }) : []),
-    ], { percent: true, shares: true });
+    ];
+    add(alone ? "share of steps" : "share of clipped steps", again(),
+      { percent: true, again });
     if (runs.some((run) => run.loss.some(Number.isFinite)))
       add("loss", lines("loss", set.logLoss, { label: "loss", hue: 2 }),
         { log: set.logLoss, height: 180 });
@@ -262,9 +264,8 @@
     low = Math.max(middle - span / 2, 0);
     view = [low, Math.min(Math.max(low + span, 1), whole[1])];
     if (view[1] - view[0] < 1) view = whole;
-    const fresh = panels();
-    plots.forEach(({ u, panel }, i) => u.batch(() => {
-      if (panel.shares) u.setData(joined(fresh[i].lines), false);
+    plots.forEach(({ u, panel }) => u.batch(() => {
+      if (panel.again) u.setData(joined(panel.again()), false);
       u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
       u.setScale("x", { min: view[0], max: view[1] });
     }));

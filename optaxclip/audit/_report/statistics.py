@@ -1,7 +1,10 @@
 """Numbers about a log, from which its summary, its plots and its tables are made."""
 
 import dataclasses
-from typing import NamedTuple
+import functools
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,6 +15,22 @@ FEWEST = 10  # finite norms on a side, without which that side tells nothing
 SPIKE = 5.0  # usual norms, from which on a norm is called a spike
 NAMED = 3  # parameters that are listed by name; more are counted
 _AT_ONCE = 20_000  # windows sorted at a time, for memory
+
+
+Result = TypeVar("Result")
+
+
+def once(function: Callable[[LogData], Result]) -> Callable[[LogData], Result]:
+    """A function that takes its time, and remembers its result while a log lives."""
+    known: weakref.WeakKeyDictionary[LogData, Result] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def remembered(data: LogData) -> Result:
+        if data not in known:
+            known[data] = function(data)
+        return known[data]
+
+    return remembered
 
 
 class Statistics(NamedTuple):
@@ -46,6 +65,7 @@ class Event(NamedTuple):
     leaf: str  # the largest one, or those that are not finite; empty if not recorded
 
 
+@once
 def statistics(data: LogData) -> Statistics:
     """Counts and norms of a log; ValueError if it has no steps."""
     if not len(data.step):
@@ -90,6 +110,7 @@ def clipped(data: LogData) -> np.ndarray:
     return data.clipped & np.isfinite(data.norm)
 
 
+@once
 def usual_norm(data: LogData) -> np.ndarray:
     """For every step the norm that is usual around it; NaN where that is unknown.
 
