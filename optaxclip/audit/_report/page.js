@@ -43,7 +43,10 @@
   const alone = runs.length === 1;
   const end = Math.max(...runs.map((run) => run.x[run.rows - 1]));
   const whole = [0, Math.max(end, 1)];
-  let view = whole, plots = [], here = null, hidden = new Set();
+  const LEAVES = "norm by parameter";
+  let view = whole, plots = [], here = null;
+  // Names of lines that are not drawn: at first the parameters after the eighth.
+  const hidden = new Set(runs[0].leaves.slice(8).map((name) => `${LEAVES} ${name}`));
   const set = { logNorm: true, logLoss: runs.some((r) => r.logLoss), smooth: 0 };
 
   // -- numbers as the rest of the page writes them
@@ -147,7 +150,7 @@
       add("loss", lines("loss", set.logLoss, { label: "loss", hue: 2 }),
         { log: set.logLoss, height: 180 });
     if (alone && runs[0].leaves.length)
-      add("norm by parameter", runs[0].leaves.map((label, i) => ({
+      add(LEAVES, runs[0].leaves.map((label, i) => ({
         label: label || "-", x: runs[0].x, hue: i % 8, dash: (i + (i >> 3)) % 6,
         values: drawable(runs[0][`leaf${i}`], set.logNorm), key: `leaf${i}`,
       })), { log: set.logNorm, height: 260 });
@@ -378,7 +381,10 @@
     "Bars along the top, in the colors of the runs: the step was skipped, or " + why);
   else if (has("skipped")) notes.push("Gray bands: skipped steps.");
   if (alone && has("reached")) notes.push(`Striped bands: ${why}`);
-  notes.push("Click a name above a plot to hide its line.");
+  notes.push("Click a name above a plot to hide or show its line.");
+  if (alone && runs[0].moreLeaves) notes.push(
+    `The page holds the ${runs[0].leaves.length} parameters with the largest norms; `
+    + `${number(runs[0].moreLeaves)} more are in the log.`);
   at("notes").textContent = notes.join(" ");
 
   at("live").hidden = false;

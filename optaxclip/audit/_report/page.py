@@ -136,6 +136,8 @@ def _events(suffix: str, data: LogData) -> Iterator[Table]:
             bad,
         ),
     ]:
+        # Of steps that hardly stand out, five are enough.
+        events = [e for i, e in enumerate(events) if i < 5 or not e.times_usual < 2]
         if events:
             head = header if data.leaf_norms is None else (*header, leaf)
             rows = [_event(event)[: len(head)] for event in events]

@@ -44,6 +44,7 @@ def payload(data: LogData, name: str) -> dict[str, Any]:
         "rows": len(rows),
         "columns": [(key, kind) for key, (kind, _) in columns.items()],
         "bytes": _packed(list(columns.values())),
+        "moreLeaves": len(data.leaf_names) - len(leaves),
         "leaves": [data.leaf_names[leaf] for leaf in leaves],
         "bands": {
             key: [[int(steps[a]), int(steps[b])] for a, b in stretches(flag)]
