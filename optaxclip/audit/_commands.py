@@ -55,33 +55,29 @@ def watch_command(args: argparse.Namespace) -> str:
     return ""
 
 
-def _each(
-    args: argparse.Namespace,
-    as_json: Callable[[str, LogData], dict[str, Any]],
-    as_text: Callable[[str, LogData], str],
-) -> str:
+Said = tuple[dict[str, Any], str]  # for --json, and for a person
+
+
+def _each(args: argparse.Namespace, say: Callable[[str, LogData], Said]) -> str:
     """What is to be said of each log, under its name if there are several."""
-    logs = {name: (path, _read(path)) for name, path in run_names(args.logs).items()}
+    said = {name: say(path, _read(path)) for name, path in run_names(args.logs).items()}
+    if len(said) == 1:
+        ((json_, text),) = said.values()
+        return _json(json_) if args.json else text
     if args.json:
-        said = [{"log": path, **as_json(path, data)} for path, data in logs.values()]
-        if len(said) > 1:
-            return _json(said)
-        return _json({key: value for key, value in said[0].items() if key != "log"})
-    texts = [as_text(path, data) for path, data in logs.values()]
-    if len(texts) == 1:
-        return texts[0]
-    pairs = zip(logs, texts, strict=True)
-    return "\n\n".join(f"{shown(name)}\n{text}" for name, text in pairs)
+        pairs = zip(args.logs, said.values(), strict=True)
+        return _json([{"log": path, **json_} for path, (json_, _) in pairs])
+    return "\n\n".join(f"{shown(name)}\n{text}" for name, (_, text) in said.items())
 
 
 def replay_command(args: argparse.Namespace) -> str:
     """What other rules would have done."""
 
-    def outcomes(data: LogData) -> list[Any]:
-        result = [outcome("recorded", data.norm, data.scale, data.clipped)]
+    def say(path: str, data: LogData) -> Said:
+        outcomes = [outcome("recorded", data.norm, data.scale, data.clipped)]
         for text, rule in args.rules:
             try:
-                result += compare({text: rule}, data)
+                outcomes += compare({text: rule}, data)
             # What becomes of numbers that are too large depends on where they stand.
             except (
                 MemoryError,
@@ -92,62 +88,49 @@ def replay_command(args: argparse.Namespace) -> str:
             ) as error:
                 message = f"the rule {text} cannot be replayed: {error}"
                 raise Failure(message) from None
-        return result
+        found = [outcome._asdict() for outcome in outcomes]
+        text = "\n".join([outcome_table(outcomes), *_gaps(data)])
+        return {"steps": len(data.step), "outcomes": found}, text
 
-    def as_json(path: str, data: LogData) -> dict[str, Any]:
-        found = [outcome._asdict() for outcome in outcomes(data)]
-        return {"steps": len(data.step), "outcomes": found}
-
-    def as_text(path: str, data: LogData) -> str:
-        return "\n".join([outcome_table(outcomes(data)), *_gaps(data)])
-
-    return _each(args, as_json, as_text)
+    return _each(args, say)
 
 
 def suggest_command(args: argparse.Namespace) -> str:
     """Thresholds to try."""
 
-    def suggested(path: str, data: LogData) -> Any:
+    def say(path: str, data: LogData) -> Said:
         try:
-            return suggest(data)
+            fixed, percentile, remarks = suggest(data)
         except ValueError as error:
             raise Failure(f"{path}: {error}") from None
-
-    def as_json(path: str, data: LogData) -> dict[str, Any]:
-        fixed, percentile, remarks = suggested(path, data)
-        said = {"fixed": fixed._asdict(), "percentile": percentile._asdict()}
-        return {**said, "remarks": remarks}
-
-    def as_text(path: str, data: LogData) -> str:
-        fixed, percentile, remarks = suggested(path, data)
         lines = []
         for suggestion in (fixed, percentile):
             lines += [suggestion.setting, _indented(suggestion.reason)]
         if cautions := [*remarks, *_gaps(data)]:
             lines += ["Caution:", *map(_indented, cautions)]
-        log = printable(shlex.quote(path))
-        rules = f"--rule {fixed.rule} --rule {percentile.rule}"
-        return "\n".join([*lines, f"Try: optaxclip replay {log} {rules}"])
+        log, rules = printable(shlex.quote(path)), (fixed.rule, percentile.rule)
+        options = " ".join(f"--rule {rule}" for rule in rules)
+        lines.append(f"Try: optaxclip replay {log} {options}")
+        parts = {"fixed": fixed._asdict(), "percentile": percentile._asdict()}
+        return {**parts, "remarks": remarks}, "\n".join(lines)
 
-    return _each(args, as_json, as_text)
+    return _each(args, say)
 
 
 def summary_command(args: argparse.Namespace) -> str:
     """What stands out."""
 
-    def as_json(path: str, data: LogData) -> dict[str, Any]:
-        _, findings, statistics = summary(data)
-        assert statistics is not None  # `_read` refuses a log without steps
+    def say(path: str, data: LogData) -> Said:
+        said = summary(data)
+        assert said.statistics is not None  # `_read` refuses a log without steps
+        record = ("missed", "rewritten", "torn", "metadata")
         return {
-            "statistics": statistics._asdict(),
-            "findings": [finding._asdict() for finding in findings],
-            "missed": data.missed,
-            "rewritten": data.rewritten,
-            "torn": data.torn,
-            "metadata": data.metadata,
-        }
+            "statistics": said.statistics._asdict(),
+            "findings": [finding._asdict() for finding in said.findings],
+            **{name: getattr(data, name) for name in record},
+        }, str(said)
 
-    return _each(args, as_json, lambda path, data: str(summary(data)))
+    return _each(args, say)
 
 
 def _read(path: str) -> LogData:

@@ -124,6 +124,43 @@ def test_replay_json(capsys, run_log):
         assert got == {n: v for n, v in expected._asdict().items() if n != "name"}
 
 
+@pytest.mark.parametrize("command", ["summary", "suggest", "replay"])
+def test_several_logs(capsys, tmp_path, command):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        rows = [logs.row(i, 1.0 + "ab".index(name)) for i in range(30)]
+        logs.write(tmp_path / name / "run.jsonl", rows)
+    paths = [str(tmp_path / name / "run.jsonl") for name in "ab"]
+    first, *options = arguments(command, paths[0])
+    argv = [first, *paths, *options[1:]]
+    each = []
+    for path in paths:
+        assert _cli.main(arguments(command, path)) == 0
+        each.append(capsys.readouterr().out)
+    assert _cli.main(argv) == 0
+    assert capsys.readouterr().out == f"a/run\n{each[0]}\nb/run\n{each[1]}"
+    assert _cli.main([*argv, "--json"]) == 0
+    found = strict(capsys.readouterr().out)
+    assert [part["log"] for part in found] == paths
+    assert _cli.main([*arguments(command, paths[1]), "--json"]) == 0
+    assert found[1] == {"log": paths[1], **strict(capsys.readouterr().out)}
+
+
+def test_a_report_of_several_logs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(page_module.stills, "image", lambda _: "")
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        logs.write(path, [logs.row(i, 1.0) for i in range(30)])
+    assert _cli.main(["report", *map(str, paths)]) == 0
+    assert capsys.readouterr().out == f"Wrote {tmp_path / 'report.html'}\n"
+    page = (tmp_path / "report.html").read_text()
+    assert "<h3>a</h3>" in page
+    assert "<h3>b</h3>" in page
+    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    assert _cli.main(["report", str(paths[0])]) == 0
+    assert (tmp_path / "a.html").exists()
+
+
 def test_skipped_steps_do_not_count_as_clipped(capsys, tmp_path):
     rows = [logs.row(i, 0.5) for i in range(9)]
     rows.append({**logs.row(9, 50.0), "scale": 0.0, "clipped": False, "skipped": True})

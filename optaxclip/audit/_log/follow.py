@@ -5,9 +5,8 @@ from pathlib import Path
 
 from optaxclip.audit._log.check import Damage, verified
 from optaxclip.audit._log.data import LogData
-from optaxclip.audit._log.reader import metadata_of, refuse_special
+from optaxclip.audit._log.reader import metadata_of, refusal, refuse_special
 from optaxclip.audit._log.reading import Reading
-from optaxclip.audit._text import shown
 
 
 class Follower:
@@ -35,10 +34,7 @@ class Follower:
         try:
             self._take(lines)
         except Damage as damage:
-            where = f"{shown(self.path, 1000)}, line {damage.place + 1}"
-            raise ValueError(
-                f"`read(path=...)`: {where}: {shown(damage, 400)}."
-            ) from None
+            raise refusal(self.path, damage) from None
         self._end += sum(len(line) + 1 for line in lines)
         self._lines += len(lines)
         assert self._reading is not None

@@ -98,10 +98,14 @@ def parse(content: bytes, path: str | os.PathLike[str]) -> Parsed:
         for first in range(1, len(lines), _LINES_AT_ONCE):
             reading.add(lines[first : first + _LINES_AT_ONCE], first)
     except Damage as damage:
-        where = f"{shown(os.fspath(path), 1000)}, line {damage.place + 1}"
-        message = f"`read(path=...)`: {where}: {shown(damage, 400)}."
-        raise ValueError(message) from None
+        raise refusal(path, damage) from None
     return Parsed(reading.finish(metadata, torn), end, torn)
+
+
+def refusal(path: str | os.PathLike[str], damage: Damage) -> ValueError:
+    """The error that says where a log is damaged."""
+    where = f"{shown(os.fspath(path), 1000)}, line {damage.place + 1}"
+    return ValueError(f"`read(path=...)`: {where}: {shown(damage, 400)}.")
 
 
 def metadata_of(lines: list[bytes]) -> dict[str, Any]:

@@ -230,6 +230,8 @@
           read(u.posToVal(u.cursor.left, "x"))],
       },
     }, joined(panel.lines), box);
+    u.root.setAttribute("role", "img");
+    u.root.setAttribute("aria-label", `${panel.title} by step; the readout has its numbers`);
     u.over.addEventListener("dblclick", () => zoom(...whole));
     panel.lines.forEach((line, i) => {
       const shown = series[i].show;
