@@ -3,7 +3,10 @@
 from optaxclip.audit._clip_log import ClipLog as ClipLog
 from optaxclip.audit._log import LogData as LogData
 from optaxclip.audit._log import read as read
+from optaxclip.audit._report import Finding as Finding
+from optaxclip.audit._report import Summary as Summary
 from optaxclip.audit._report import report as report
+from optaxclip.audit._report import summary as summary
 from optaxclip.audit._what_if import Outcome as Outcome
 from optaxclip.audit._what_if import Replay as Replay
 from optaxclip.audit._what_if import Suggestion as Suggestion
@@ -16,11 +19,13 @@ from optaxclip.audit._what_if import suggest as suggest
 
 __all__ = [
     "ClipLog",
+    "Finding",
     "LogData",
     "Outcome",
     "Replay",
     "Suggestion",
     "Suggestions",
+    "Summary",
     "compare",
     "outcome_table",
     "parse_rule",
@@ -28,4 +33,5 @@ __all__ = [
     "replay",
     "report",
     "suggest",
+    "summary",
 ]

@@ -1,15 +1,10 @@
-"""The command line: `optaxclip report`, `replay`, `suggest` and `summary` of a log."""
+"""The command line: `optaxclip report`, `replay`, `suggest`, `summary`, `watch`."""
 
 import argparse
 import io
-import json
 import os
-import re
-import shlex
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -17,24 +12,11 @@ import numpy as np
 import optax
 
 import optaxclip
-from optaxclip.audit._log import LogData, read
-from optaxclip.audit._report import (
-    findings,
-    summary_text,
-)
-from optaxclip.audit._report import statistics as stats
-from optaxclip.audit._text import count, finite_json, printable, shown
-from optaxclip.audit._what_if import (
-    SYNTAX,
-    compare,
-    optimizer_of,
-    outcome,
-    outcome_table,
-    parse_rule,
-    suggest,
-)
+from optaxclip.audit import _commands
+from optaxclip.audit._text import printable, shown
+from optaxclip.audit._what_if import SYNTAX, parse_rule
 
-_LOG = "the log, as optaxclip.audit.ClipLog wrote it"
+_LOG = "a log, as optaxclip.audit.ClipLog wrote it"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,10 +25,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints it and exits with status 2."""
         super().error(shown(message, 1000))
-
-
-class _Failure(Exception):
-    """What stops a command, as a line for the terminal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         with np.errstate(all="ignore"):  # of norms at the ends of float64
-            _print(args.command(args))
-    except _Failure as failure:
+            if text := args.command(args):
+                _print(text)
+    except _commands.Failure as failure:
         print(printable(f"optaxclip: {failure}"), file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
@@ -85,16 +64,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     report = _command(
-        commands, "report", _report, "write the report, a page of HTML", "-o run.html"
+        commands,
+        "report",
+        _commands.report_command,
+        "write the report, a page of HTML",
+        "-o run.html",
     )
     report.add_argument(
-        "-o", "--output", required=True, metavar="PAGE", help="the page to write"
+        "-o",
+        "--output",
+        metavar="PAGE",
+        help="the page to write; by default beside the log, run.html for run.jsonl",
     )
     report.add_argument("--title", help="its title")
     replay = _command(
         commands,
         "replay",
-        _replay,
+        _commands.replay_command,
         "show what other rules would have done with the norms of the run",
         "--rule constant:1.0 --rule quantile:0.95,1000",
     )
@@ -109,11 +95,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     texts = [
         replay,
-        _command(commands, "suggest", _suggest, "propose thresholds and say why"),
-        _command(commands, "summary", _summary, "say what stands out in the run"),
+        _command(
+            commands,
+            "suggest",
+            _commands.suggest_command,
+            "propose thresholds and say why",
+        ),
+        _command(
+            commands,
+            "summary",
+            _commands.summary_command,
+            "say what stands out in the run",
+        ),
     ]
     for command in texts:
         command.add_argument("--json", action="store_true", help="print JSON instead")
+    watch = _command(
+        commands, "watch", _commands.watch_command, "follow a run that is going on", ""
+    )
+    watch.add_argument(
+        "--every",
+        type=_seconds,
+        default=2.0,
+        metavar="SECONDS",
+        help="look at the log so often, 2 seconds if not given",
+    )
     return parser
 
 
@@ -128,8 +134,18 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(command=run)
-    command.add_argument("log", help=_LOG)
+    if name == "watch":
+        command.add_argument("log", help=_LOG)
+    else:
+        command.add_argument("logs", nargs="+", metavar="log", help=_LOG)
     return command
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return value
 
 
 def _rule(text: str) -> tuple[str, optax.GradientTransformation]:
@@ -137,86 +153,6 @@ def _rule(text: str) -> tuple[str, optax.GradientTransformation]:
         return text, parse_rule(text)
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _report(args: argparse.Namespace) -> str:
-    data = _read(args.log)
-    if os.path.exists(args.output) and os.path.samefile(args.log, args.output):
-        raise _Failure(f"{args.output} is the log: name another file for the page")
-    try:
-        from optaxclip.audit._report import report
-
-        written = report(data, args.output, title=args.title)
-        return f"Wrote {printable(str(written))}"
-    except ImportError as error:
-        if "matplotlib" not in str(error):
-            raise
-        hint = 'pip install "optaxclip[audit]"'
-        raise _Failure(f"the report needs matplotlib: {hint}") from None
-    except OSError as error:
-        raise _Failure(_reason(error, args.output)) from None
-
-
-def _replay(args: argparse.Namespace) -> str:
-    data = _read(args.log)
-    outcomes = [outcome("recorded", data.norm, data.scale, data.clipped)]
-    for text, rule in args.rules:
-        try:
-            outcomes += compare({text: rule}, data.norm)
-        # What becomes of numbers that are too large depends on where they stand.
-        except (
-            MemoryError,
-            OverflowError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise _Failure(f"the rule {text} cannot be replayed: {error}") from None
-    if args.json:
-        return _json(
-            {"steps": len(data.step), "outcomes": [o._asdict() for o in outcomes]}
-        )
-    return "\n".join([outcome_table(outcomes), *_gaps(data)])
-
-
-def _suggest(args: argparse.Namespace) -> str:
-    data = _read(args.log)
-    try:
-        fixed, percentile, remarks = suggest(data.norm, optimizer_of(data))
-    except ValueError as error:
-        raise _Failure(f"{args.log}: {error}") from None
-    if args.json:
-        return _json(
-            {
-                "fixed": fixed._asdict(),
-                "percentile": percentile._asdict(),
-                "remarks": remarks,
-            }
-        )
-    lines = []
-    for suggestion in (fixed, percentile):
-        lines += [suggestion.setting, _indented(suggestion.reason)]
-    if cautions := [*remarks, *_gaps(data)]:
-        lines += ["Caution:", *map(_indented, cautions)]
-    log = printable(shlex.quote(args.log))
-    rules = f"--rule {fixed.rule} --rule {percentile.rule}"
-    return "\n".join([*lines, f"Try: optaxclip replay {log} {rules}"])
-
-
-def _summary(args: argparse.Namespace) -> str:
-    data = _read(args.log)
-    if not args.json:
-        return summary_text(data)
-    return _json(
-        {
-            "statistics": stats.statistics(data)._asdict(),
-            "findings": [finding._asdict() for finding in findings(data)],
-            "missed": data.missed,
-            "rewritten": data.rewritten,
-            "torn": data.torn,
-            "metadata": data.metadata,
-        }
-    )
 
 
 def _print(text: str) -> None:
@@ -229,39 +165,4 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise
-        raise _Failure(_reason(error, "standard output")) from None
-
-
-def _read(path: str) -> LogData:
-    try:
-        data = read(path)
-    except OSError as error:
-        raise _Failure(_reason(error, path)) from None
-    except ValueError as error:
-        raise _Failure(_without_call(str(error))) from None
-    if not len(data.step):
-        raise _Failure(f"{path}: the log has no steps yet.")
-    return data
-
-
-def _reason(error: OSError, path: str | Path) -> str:
-    return f"{error.filename or path}: {_without_call(error.strerror or str(error))}"
-
-
-def _without_call(message: str) -> str:
-    """An error's text without the Python call that it begins with."""
-    return re.sub(r"^`\w+\(path=\.\.\.\)`:? ", "", message)
-
-
-def _gaps(data: LogData) -> list[str]:
-    lost = sum(last - first + 1 for first, last in data.missed)
-    return [f"{count(lost, 'step')} missing from the log."] if lost else []
-
-
-def _indented(text: str) -> str:
-    return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="  ")
-
-
-def _json(value: dict[str, Any]) -> str:
-    text = json.dumps(finite_json(value), allow_nan=False, indent=2)
-    return text.replace("\x7f", "\\u007f")  # of control characters the only one left
+        raise _commands.Failure(_commands.reason(error, "standard output")) from None

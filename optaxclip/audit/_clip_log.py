@@ -60,8 +60,8 @@ class ClipLog(Writer):
     """
 
     def plot(self) -> Any:
-        """A figure of the log so far."""
-        return _report.plot(self.read())
+        """A figure of the log so far, as of :meth:`LogData.plot`."""
+        return self.read().plot()
 
     def __repr__(self) -> str:
         name = f"ClipLog({str(self.path)!r})"
@@ -69,7 +69,7 @@ class ClipLog(Writer):
             return f"{name}: nothing written"
         if not self.path.exists():
             return f"{name}: the file is gone"
-        return f"{name}\n{_report.summary_text(self.read())}"
+        return f"{name}\n{_report.summary(self)}"
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(repr(self))}</pre>"

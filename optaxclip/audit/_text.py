@@ -34,11 +34,13 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def steps(numbers: Sequence[int] | np.ndarray, limit: int = 5) -> str:
-    """`steps 3, 1700 and 1,200 more`: numbers of steps are written as in the log."""
-    shown = ", ".join(str(int(n)) for n in numbers[:limit])
-    more = f" and {len(numbers) - limit:,} more" if len(numbers) > limit else ""
-    return f"step{'' if len(numbers) == 1 else 's'} {shown}{more}"
+def steps(numbers: Sequence[int] | np.ndarray, most: int = 6) -> str:
+    """`steps 3, 17, 18, …, 1700, 1701 (1,200 in all)`: the first and the last ones."""
+    texts = [str(int(n)) for n in numbers]
+    if len(texts) > most:
+        texts = [*texts[:3], "…", *texts[-2:]]
+    all_of_them = f" ({len(numbers):,} in all)" if len(numbers) > most else ""
+    return f"step{'' if len(numbers) == 1 else 's'} {', '.join(texts)}{all_of_them}"
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import optaxclip
-from optaxclip.audit import _cli, compare, parse_rule, read, suggest
+from optaxclip.audit import _cli, _commands, compare, parse_rule, read, suggest
+from optaxclip.audit._report import page as page_module
 from optaxclip.audit._report import statistics as stats
-from optaxclip.audit._what_if import optimizer_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = ("summary", "suggest", "replay", "report")
@@ -124,6 +124,43 @@ def test_replay_json(capsys, run_log):
         assert got == {n: v for n, v in expected._asdict().items() if n != "name"}
 
 
+@pytest.mark.parametrize("command", ["summary", "suggest", "replay"])
+def test_several_logs(capsys, tmp_path, command):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        rows = [logs.row(i, 1.0 + "ab".index(name)) for i in range(30)]
+        logs.write(tmp_path / name / "run.jsonl", rows)
+    paths = [str(tmp_path / name / "run.jsonl") for name in "ab"]
+    first, *options = arguments(command, paths[0])
+    argv = [first, *paths, *options[1:]]
+    each = []
+    for path in paths:
+        assert _cli.main(arguments(command, path)) == 0
+        each.append(capsys.readouterr().out)
+    assert _cli.main(argv) == 0
+    assert capsys.readouterr().out == f"a/run\n{each[0]}\nb/run\n{each[1]}"
+    assert _cli.main([*argv, "--json"]) == 0
+    found = strict(capsys.readouterr().out)
+    assert [part["log"] for part in found] == paths
+    assert _cli.main([*arguments(command, paths[1]), "--json"]) == 0
+    assert found[1] == {"log": paths[1], **strict(capsys.readouterr().out)}
+
+
+def test_a_report_of_several_logs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(page_module.stills, "image", lambda _: "")
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        logs.write(path, [logs.row(i, 1.0) for i in range(30)])
+    assert _cli.main(["report", *map(str, paths)]) == 0
+    assert capsys.readouterr().out == f"Wrote {tmp_path / 'report.html'}\n"
+    page = (tmp_path / "report.html").read_text()
+    assert "<h3>a</h3>" in page
+    assert "<h3>b</h3>" in page
+    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    assert _cli.main(["report", str(paths[0])]) == 0
+    assert (tmp_path / "a.html").exists()
+
+
 def test_skipped_steps_do_not_count_as_clipped(capsys, tmp_path):
     rows = [logs.row(i, 0.5) for i in range(9)]
     rows.append({**logs.row(9, 50.0), "scale": 0.0, "clipped": False, "skipped": True})
@@ -138,7 +175,7 @@ def test_suggest(capsys, run_log):
     assert _cli.main(["suggest", str(run_log)]) == 0
     out = capsys.readouterr().out
     data = read(run_log)
-    fixed, percentile, remarks = suggest(data.norm, optimizer_of(data))
+    fixed, percentile, remarks = suggest(data)
     for text in (fixed.setting, fixed.reason, percentile.reason, *remarks):
         assert text in " ".join(out.split())
     assert max(map(len, out.splitlines()[:-1])) <= 80
@@ -152,14 +189,13 @@ def test_suggest_json(capsys, run_log):
     assert _cli.main(["suggest", str(run_log), "--json"]) == 0
     suggested = strict(capsys.readouterr().out)
     data = read(run_log)
-    expected = suggest(data.norm, optimizer_of(data))
+    expected = suggest(data)
     assert suggested["fixed"] == expected.fixed._asdict()
     assert suggested["percentile"] == expected.percentile._asdict()
     assert suggested["remarks"] == list(expected.remarks)
 
 
 def test_report(capsys, run_log, tmp_path):
-    pytest.importorskip("optaxclip.audit._report")
     page = tmp_path / "page.html"
     options = ["-o", str(page), "--title", "A title"]
     assert _cli.main(["report", str(run_log), *options]) == 0
@@ -260,6 +296,12 @@ FINDINGS = {
         "1 spike reached the optimizer",
         "A lower threshold would cut such spikes down to an ordinary size.",
     ),
+    "a spike that nothing bounds": (
+        finding(np.where(np.arange(400) == 123, 90.0, STEADY), np.inf),
+        "problem",
+        "1 spike reached the optimizer",
+        "No threshold bounded them. A fixed one would cut such spikes down; so would",
+    ),
     "some spikes held": (
         finding(np.where(np.isin(np.arange(400), [50, 90]), 9.0, STEADY), 4.0)[:80]
         + finding(np.where(np.arange(400) == 90, 9.0, STEADY), 8.0)[80:],
@@ -283,6 +325,18 @@ FINDINGS = {
         "The norms rise",
         "The median norm went from 1.07 (steps 0 to 39) to 3.74 (steps 360 to 399), "
         "the threshold from 8 to 8: 0% of the steps were clipped then, and 0% at the",
+    ),
+    "a rise at the start alone": (
+        finding(np.minimum(np.geomspace(1.0, 60.0, 400), 5.0), 6.0),
+        "fine",
+        HEALTHY,
+        "",
+    ),
+    "a jump that stays": (
+        finding(np.where(np.arange(400) < 120, DECAY, 5.0), 6.0),
+        "notice",
+        "The norms rise",
+        "(steps 360 to 399)",
     ),
     "a rise after a decay": (
         finding(np.concatenate([DECAY[:200], np.geomspace(1.0, 4.0, 200)]), 6.0),
@@ -354,14 +408,15 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"optaxclip {optaxclip.__version__}\n"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "watch"])
 def test_help_has_an_example_that_parses(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         _cli.main([command, "--help"])
     assert exit_.value.code == 0
     example = capsys.readouterr().out.splitlines()[-1]
     argv = shlex.split(example.removeprefix("example: optaxclip "))
-    assert _cli._parser().parse_args(argv).log == "run.jsonl"
+    parsed = vars(_cli._parser().parse_args(argv))
+    assert parsed.get("logs", [parsed.get("log")]) == ["run.jsonl"]
     assert argv[0] == command
 
 
@@ -439,7 +494,7 @@ def test_an_error_of_the_system_without_a_file_name(capsys, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(_cli, "read", denied)
+    monkeypatch.setattr(_commands, "read", denied)
     error = failed(capsys, arguments("summary", "run.jsonl"))
     assert error == "optaxclip: run.jsonl: Permission denied\n"
 
@@ -451,7 +506,6 @@ def test_an_error_of_the_system_without_a_file_name(capsys, monkeypatch):
         (["plot"], "invalid choice: 'plot'"),
         (["summary"], "the following arguments are required: log"),
         (["replay", "run.jsonl"], "the following arguments are required: --rule"),
-        (["report", "run.jsonl"], "the following arguments are required: -o/--output"),
         (["summary", "run.jsonl", "--rule", "zscore"], "unrecognized arguments"),
         (
             ["replay", "run.jsonl", "--rule", "median:3"],
@@ -537,23 +591,15 @@ HEADS = [
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_a_first_line_of_other_types(capsys, tmp_path, head):
+def test_a_first_line_of_other_types(capsys, monkeypatch, tmp_path, head):
+    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    monkeypatch.setattr(page_module.stills, "image", lambda _: "")
     rows = [logs.row(i, 1.0) for i in range(3)]
     path = logs.write(tmp_path / "run.jsonl", rows, **head)
     for command in ("summary", "report"):
         assert _cli.main(arguments(command, path)) == 0
     assert _cli.main(["summary", str(path), "--json"]) == 0
     assert capsys.readouterr().err == ""
-
-
-class Report:
-    """The module of the report, as far as the command line knows it."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def report(self, data, path, *, title=None):
-        raise self.error
 
 
 @pytest.mark.parametrize(
@@ -569,17 +615,16 @@ class Report:
             "pages: cannot be written",
         ),
         (
-            ModuleNotFoundError("No module named 'matplotlib'"),
-            'the report needs matplotlib: pip install "optaxclip[audit]"',
-        ),
-        (
-            ImportError("`report()` needs matplotlib."),
-            'the report needs matplotlib: pip install "optaxclip[audit]"',
+            ModuleNotFoundError("No module named 'jinja2'", name="jinja2"),
+            'the report needs jinja2: pip install "optaxclip[audit]"',
         ),
     ],
 )
 def test_a_report_that_cannot_be_written(capsys, monkeypatch, run_log, error, message):
-    monkeypatch.setitem(sys.modules, "optaxclip.audit._report", Report(error))
+    def fail(*_, title):
+        raise error
+
+    monkeypatch.setattr(_commands, "report", fail)
     found = failed(capsys, ["report", str(run_log), "-o", "page.html"])
     assert found == f"optaxclip: {message}\n"
 
@@ -647,7 +692,8 @@ def test_the_entry_point():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, name = project["scripts"]["optaxclip"].partition(":")
     assert getattr(importlib.import_module(module), name) is _cli.main
-    assert project["optional-dependencies"]["audit"] == ["matplotlib"]
+    audit = project["optional-dependencies"]["audit"]
+    assert audit == ["jinja2", "matplotlib", "rich"]
 
 
 def test_a_terminal_that_lacks_a_character(run_log, tmp_path):

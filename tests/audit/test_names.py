@@ -19,7 +19,8 @@ from test_report import Page
 
 from optaxclip import History, HistoryState
 from optaxclip.audit import ClipLog, LogData, _cli, read, report
-from optaxclip.audit._report import figures, pictures
+from optaxclip.audit._report import page as page_module
+from optaxclip.audit._report import stills
 from optaxclip.audit._text import printable, shown
 
 # What moves a cursor, turns a direction, ends a line, hides or is no character.
@@ -140,7 +141,7 @@ def test_a_hostile_file_name(capsys, evil_path, command):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["summary", "run.jsonl", EVIL],
+        ["summary", "run.jsonl", f"--{EVIL}"],
         ["replay", "run.jsonl", "--rule", EVIL],
         ["replay", "run.jsonl", "--rule", f"constant:{EVIL}"],
         [EVIL],
@@ -178,10 +179,10 @@ def parsed(path):
     source = path.read_text(encoding="utf-8")
     assert is_harmless(source, keep="\n")
     page = Page(source)
-    assert not page.attributes("script")
-    for attributes in page.attributes("img") + page.attributes("source"):
-        uri = attributes.get("src") or attributes["srcset"]
-        ET.fromstring(base64.b64decode(uri.partition(",")[2]))
+    kinds = [a.get("type") for a in page.attributes("script")]
+    assert kinds == ["application/json", None, None]
+    for attributes in page.attributes("img"):
+        ET.fromstring(base64.b64decode(attributes["src"].partition(",")[2]))
     return page
 
 
@@ -191,7 +192,8 @@ def parsed(path):
     phases=[hypothesis.Phase.generate],  # to shrink pages takes minutes
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-def test_a_page_with_any_names(tmp_path, leaf_names, text):
+def test_a_page_with_any_names(monkeypatch, tmp_path, leaf_names, text):
+    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])  # knows no names
     data = read(write(tmp_path / "run.jsonl", *leaf_names, text=text))
     page = parsed(report(data, tmp_path / "page.html", title=text))
     rows = dict(page.table("settings")[1])
@@ -200,16 +202,18 @@ def test_a_page_with_any_names(tmp_path, leaf_names, text):
 
 
 @hypothesis.given(leaf_names=st.lists(names, min_size=24, max_size=24))
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=5)
 def test_a_picture_with_any_names(leaf_names):
     norms = np.ones((4, 24))
     flags = np.zeros(4, bool)
     columns = [norms[:, 0]] * 4
     data = LogData({}, np.arange(4), *columns, flags, flags, tuple(leaf_names), norms)
-    ET.fromstring(pictures._svg(data, (9.2, 6.4), figures.draw_leaves))
+    uri = stills.uri({"": data})
+    ET.fromstring(base64.b64decode(uri.partition(",")[2]))
 
 
-def test_a_name_of_100_000_characters_makes_no_large_page(tmp_path):
+def test_a_name_of_100_000_characters_makes_no_large_page(monkeypatch, tmp_path):
+    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
     name = f"first/{'x' * 100_000}"
     data = read(write(tmp_path / "run.jsonl", name, f"{name}/b", "c", text=name))
     path = report(data, tmp_path / "page.html", title=name)
@@ -225,4 +229,6 @@ def test_a_plot_can_be_drawn(tmp_path):
     log.plot().savefig(buffer, format="svg")
     ET.fromstring(buffer.getvalue())
     assert is_harmless(log._repr_html_(), keep="\n")
+    assert is_harmless(log.read()._repr_html_(), keep="\n")
+    assert "<b>" not in log.read()._repr_html_()
     assert isinstance(log.path, pathlib.Path)

@@ -2,18 +2,23 @@
 
 import dataclasses
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class LogData:
     """One row a step, in the order of the steps, each step once.
 
     Arrays have one entry a step. A quantity that a step did not have (the loss, if it
     was not passed to ``update``) is NaN. Numbers recorded in float32 are the shortest
     decimals of theirs, 0.1 for instance: ``astype(np.float32)`` gives the same bits.
+
+    As the value of a notebook's cell it shows its summary and its plot.
     """
 
     metadata: dict[str, Any]  # the first line of the log; later runs: "resumed"
@@ -30,6 +35,31 @@ class LogData:
     rewritten: int = 0  # rows that a rewind or a later row of the step took back
     torn: int = 0  # incomplete lines that were dropped
     unsure_before: int = 0  # earlier rows may be of a run that was taken back
+    restarts: tuple[int, ...] = ()  # the first step that each later process wrote
+
+    def plot(self) -> "Figure":
+        """Norm, threshold, scale, loss and share of clipped steps, over the steps.
+
+        Returns:
+          A ``matplotlib.figure.Figure`` that pyplot does not know of: a notebook shows
+          it as the value of a cell, ``figure.savefig`` writes it.
+
+        Raises:
+          ValueError: the log has no steps.
+          ImportError: matplotlib is not installed.
+        """
+        from optaxclip.audit import _report  # a log can be read without it
+
+        return _report.plot(self)
+
+    def _repr_html_(self) -> str:
+        from optaxclip.audit import _report
+
+        return _report.cell(self)
+
+    def __repr__(self) -> str:
+        first, last = (self.step[0], self.step[-1]) if len(self.step) else ("-", "-")
+        return f"LogData({len(self.step):,} steps, {first} to {last})"
 
     def to_pandas(self) -> Any:
         """The rows as a ``pandas.DataFrame`` with the steps as its index.

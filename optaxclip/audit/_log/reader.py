@@ -28,14 +28,15 @@ class Parsed(NamedTuple):
     torn: bool  # whether one does
 
 
-def read(path: str | Path) -> LogData:
+def read(path: str | os.PathLike[str] | LogData) -> LogData:
     r"""Reads a log that :class:`ClipLog` wrote, while it is being written too.
 
     A rewind takes back every row from its step on; of the rows of one step the last
     counts. Steps that have no row are ``missed``, whatever the reason.
 
     Args:
-      path: The file.
+      path: The file, or the :class:`ClipLog` that writes it. What this function
+        returned is returned as it is.
 
     Returns:
       :class:`LogData`, in the order of the steps. Its ``metadata`` are the first line,
@@ -61,16 +62,18 @@ def read(path: str | Path) -> LogData:
       >>> data.norm, data.clipped, data.torn
       (array([2.]), array([ True]), 1)
     """
+    if isinstance(path, LogData):
+        return path
     return parse(read_bytes(path), path).data
 
 
-def read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The content of a file, if it is one: to open a pipe might take for ever."""
     refuse_special(path)
     return Path(path).read_bytes()
 
 
-def refuse_special(path: str | Path) -> None:
+def refuse_special(path: str | os.PathLike[str]) -> None:
     """Raises `OSError` for a folder, a pipe, a socket or a device."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -79,7 +82,7 @@ def refuse_special(path: str | Path) -> None:
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
-def parse(content: bytes, path: str | Path) -> Parsed:
+def parse(content: bytes, path: str | os.PathLike[str]) -> Parsed:
     """The log in the content of a file; ``path`` is for errors."""
     whole = content.rstrip(b"\0")  # zeros are what a power cut leaves of a block
     *lines, rest = whole.split(b"\n")
@@ -90,18 +93,23 @@ def parse(content: bytes, path: str | Path) -> Parsed:
     end = len(whole) - (len(rest) if torn else 0)
     try:
         checked = verified(lines[:1], False)
-        metadata = _metadata(lines)
+        metadata = metadata_of(lines)
         reading = Reading(len(metadata.get("leaf_names") or ()), checked)
         for first in range(1, len(lines), _LINES_AT_ONCE):
             reading.add(lines[first : first + _LINES_AT_ONCE], first)
     except Damage as damage:
-        where = f"{shown(path, 1000)}, line {damage.place + 1}"
-        message = f"`read(path=...)`: {where}: {shown(damage, 400)}."
-        raise ValueError(message) from None
+        raise refusal(path, damage) from None
     return Parsed(reading.finish(metadata, torn), end, torn)
 
 
-def _metadata(lines: list[bytes]) -> dict[str, Any]:
+def refusal(path: str | os.PathLike[str], damage: Damage) -> ValueError:
+    """The error that says where a log is damaged."""
+    where = f"{shown(os.fspath(path), 1000)}, line {damage.place + 1}"
+    return ValueError(f"`read(path=...)`: {where}: {shown(damage, 400)}.")
+
+
+def metadata_of(lines: list[bytes]) -> dict[str, Any]:
+    """What the first line of a log says; `Damage` if it is none."""
     if not lines:
         raise Damage(0, "the file is empty")
     try:

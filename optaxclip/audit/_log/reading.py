@@ -23,6 +23,7 @@ class Reading:
         self.count = 0  # rows, those taken back included
         self.rewinds: list[tuple[int, int]] = []  # rows before it, and its step
         self.resumed: list[Any] = []
+        self.restarts: list[int] = []  # rows before each of them
         self.torn = self.unsure_before = 0
 
     def add(self, lines: list[bytes], place: int) -> None:
@@ -77,6 +78,7 @@ class Reading:
                 self.rewinds.append((rows, item["rewound_to"]))
             elif "resumed" in item:
                 self.resumed.append(item["resumed"])
+                self.restarts.append(rows)
             self.torn += "torn" in item
             self.unsure_before = max(self.unsure_before, item.get("unsure_before", 0))
 
@@ -84,6 +86,7 @@ class Reading:
         """All rows that still count, in the order of their steps."""
         parts = [*self.parts, columns([], self.leaves)]
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        restarts = [int(rows["step"][n]) for n in self.restarts if n < self.count]
         counts = np.ones(self.count, bool)
         for before, step in self.rewinds:
             counts[:before] &= rows["step"][:before] < step
@@ -98,6 +101,7 @@ class Reading:
             rewritten=self.count - len(place),
             torn=self.torn + torn,
             unsure_before=self.unsure_before,
+            restarts=tuple(restarts),
             **rows,
         )
 

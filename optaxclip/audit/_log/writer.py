@@ -1,5 +1,6 @@
 """Writing a log: what is new in the recorder, appended to a file."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +89,9 @@ class Writer:
     def read(self) -> LogData:
         """The log so far, see :func:`read`."""
         return read(self.path)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
 
     def _open(self) -> None:
         """Looks where the file ends and what it says; makes it if there is none."""

@@ -1,16 +1,29 @@
 """A run in words, numbers and pictures."""
 
+import html
 from typing import Any
 
 from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as statistics
+from optaxclip.audit._report.finding import Finding as Finding
+from optaxclip.audit._report.names import run_names as run_names
 from optaxclip.audit._report.report import report as report
-from optaxclip.audit._report.summary import findings as findings
-from optaxclip.audit._report.summary import summary_text as summary_text
+from optaxclip.audit._report.summary import Summary as Summary
+from optaxclip.audit._report.summary import summary as summary
 
 
 def plot(data: LogData) -> Any:
     """A Matplotlib figure of a log."""
     from optaxclip.audit._report import figures  # a log needs no Matplotlib
 
-    return figures.plot(data)
+    return figures.plot({"": data})
+
+
+def cell(data: LogData) -> str:
+    """A log as the value of a notebook's cell: its summary, and its plot."""
+    words = f"<pre>{html.escape(str(summary(data)))}</pre>"
+    try:
+        from optaxclip.audit._report.stills import image
+    except ImportError:  # of Matplotlib
+        return words
+    return words + image({"": data}) if len(data.step) else words

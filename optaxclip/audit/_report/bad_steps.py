@@ -5,7 +5,7 @@ import numpy as np
 from optaxclip.audit import _text as text
 from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as stats
-from optaxclip.audit._report.finding import Finding, capital
+from optaxclip.audit._report.finding import Finding, at, capital
 from optaxclip.audit._what_if import longest_streak
 
 WASTED = 0.1  # share of steps skipped, from which on that is a problem
@@ -29,7 +29,8 @@ def reached_the_optimizer(data: LogData) -> Finding | None:
         "reached the optimizer. Resume from a checkpoint of an earlier step, with the "
         "optimizer wrapped in skip_nonfinite."
     )
-    return Finding("problem", title, detail.lstrip())
+    steps = data.step[rows[:1] if lasting else rows]
+    return Finding("problem", title, detail.lstrip(), at(steps))
 
 
 def skipped(data: LogData) -> Finding | None:
@@ -48,7 +49,7 @@ def skipped(data: LogData) -> Finding | None:
             "Expect up to fifteen such steps at the start, and later one where the "
             "scale has grown too far."
         )
-    return Finding("notice", title, detail.rstrip())
+    return Finding("notice", title, detail.rstrip(), at(data.step[rows]))
 
 
 def wasted(data: LogData) -> Finding | None:
@@ -73,7 +74,8 @@ def skipping(data: LogData) -> Finding | None:
     detail = f"From step {data.step[start]} to {data.step[end]} nothing was learned."
     if end == len(data.step) - 1:
         detail += " The run ends that way: it may never come back by itself."
-    return Finding("problem", f"{length:,} steps skipped in a row", detail)
+    steps = at(data.step[[start, end]])
+    return Finding("problem", f"{length:,} steps skipped in a row", detail, steps)
 
 
 def zero(data: LogData) -> Finding | None:
@@ -89,8 +91,9 @@ def loss(data: LogData) -> Finding | None:
     infinite = np.isinf(data.loss)
     if not infinite.any():
         return None
-    where = text.steps(data.step[infinite]).capitalize()
-    return Finding("notice", "The loss was infinite", f"{where}.")
+    where = data.step[infinite]
+    detail = f"{capital(text.steps(where))}."
+    return Finding("notice", "The loss was infinite", detail, at(where))
 
 
 def _origin(data: LogData, row: int) -> str:

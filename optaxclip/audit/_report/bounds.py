@@ -5,7 +5,7 @@ import numpy as np
 from optaxclip.audit import _text as text
 from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as stats
-from optaxclip.audit._report.finding import Finding, span
+from optaxclip.audit._report.finding import Finding, at, span
 from optaxclip.audit._what_if import longest_streak
 
 OVER = 0.5  # share of steps clipped, from which on a clip sets the length of steps
@@ -13,6 +13,7 @@ BLOCK = 100  # steps, among which the clipped ones are counted
 LITTLE = 0.1  # mean scale, below which a threshold that adapts leaves too little
 STRETCH = 0.8  # share of the steps of a block, from which on it counts as clipped
 HEADROOM = 10.0  # threshold over median norm, from which on it is out of reach
+LEVEL = 1.25  # factor between the middle of a run and its end, below which it is level
 DRIFT = 2.0  # factor between an earlier tenth of a run and the last
 
 
@@ -52,7 +53,8 @@ def over_clipping(data: LogData) -> Finding | None:
         f"{data.step[rows][0]} to {data.step[rows][-1]}, against "
         f"{text.share(s.clipped_share)} in the whole run."
     )
-    return Finding("notice", "For a while most steps were clipped", detail)
+    ends = at(data.step[rows][[0, -1]])
+    return Finding("notice", "For a while most steps were clipped", detail, ends)
 
 
 def under_clipping(data: LogData) -> Finding | None:
@@ -83,6 +85,8 @@ def rise(data: LogData) -> Finding | None:
     if not tenths:
         return None
     medians = [float(np.median(data.norm[rows])) for rows in tenths]
+    if medians[0] == min(medians) and medians[-1] < LEVEL * medians[4]:
+        return None  # it rose at the start, as in reinforcement learning
     low, last = tenths[int(np.argmin(medians))], tenths[-1]
     # Not by chance: where norms scatter, the quartiles overlap.
     apart = np.quantile(data.norm[last], 0.25) > np.quantile(data.norm[low], 0.75)

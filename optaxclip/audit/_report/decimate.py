@@ -1,63 +1,47 @@
-"""Long series in a few bins, without losing an extreme."""
-
-from typing import NamedTuple
+"""Few rows that stand for all of a long log, and stretches of steps."""
 
 import numpy as np
 
-from optaxclip.audit._report.statistics import row_medians
+from optaxclip.audit._log import LogData
 
 
-class Bins(NamedTuple):
-    """Rows in groups of one size, the last of what is left."""
+def chosen_rows(data: LogData, groups: int) -> np.ndarray:
+    """Rows to draw: all of a short log, else some of each of so many groups of steps.
 
-    starts: np.ndarray  # the first row of each
-    rows: int  # in all
-
-    @property
-    def size(self) -> int:
-        """Rows in a bin."""
-        return int(self.starts[1]) if len(self.starts) > 1 else self.rows
-
-    def x(self, step: np.ndarray) -> np.ndarray:
-        """The step in the middle of each bin."""
-        last = np.append(self.starts[1:], self.rows) - 1
-        return (step[self.starts] + step[last]) / 2
-
-    def low(self, values: np.ndarray) -> np.ndarray:
-        """The smallest finite value of each bin; NaN where there is none."""
-        return np.fmin.reduceat(_finite(values), self.starts)
-
-    def high(self, values: np.ndarray) -> np.ndarray:
-        """The largest finite value of each bin, along the first axis."""
-        return np.fmax.reduceat(_finite(values), self.starts, axis=0)
-
-    def median(self, values: np.ndarray) -> np.ndarray:
-        """The lower median of the finite values of each bin."""
-        padding = np.full(len(self.starts) * self.size - self.rows, np.nan)
-        padded = np.concatenate([_finite(values), padding])
-        return row_medians(padded.reshape(len(self.starts), self.size))
-
-    def mean(self, flags: np.ndarray) -> np.ndarray:
-        """The share of true flags in each bin."""
-        sizes = np.diff(np.append(self.starts, self.rows))
-        return np.add.reduceat(flags, self.starts, dtype=float) / sizes
-
-    def highest_row(self, values: np.ndarray, flags: np.ndarray) -> np.ndarray:
-        """Of each bin with a true flag, the flagged row with the largest value."""
-        rows = np.flatnonzero(flags)
-        if not len(rows):
-            return rows
-        of_bin = rows // self.size
-        order = np.lexsort((values[rows], of_bin))
-        last = np.append(np.diff(of_bin[order]) > 0, True)
-        return rows[order][last]
+    Of each group the rows with the smallest, middle and largest norm and loss, so that
+    a line through them loses no extreme and a median is about that of all rows; besides
+    the first and the last row, and the first of every stretch that was skipped or not
+    finite.
+    """
+    count = len(data.step)
+    if count <= 3 * groups:
+        return np.arange(count)
+    bad = np.diff(is_bad(data).astype(np.int8), prepend=0) > 0
+    parts = [_extremes(data.norm, groups), _extremes(data.loss, groups)]
+    parts += [np.array([0, count - 1]), np.flatnonzero(bad)[:groups]]
+    return np.unique(np.concatenate(parts))
 
 
-def bins(rows: int, most: int, least_size: int = 1) -> Bins:
-    """At most so many bins of at least so many rows."""
-    size = max(-(-rows // most), least_size)
-    return Bins(np.arange(0, rows, size), rows)
+def _extremes(values: np.ndarray, groups: int) -> np.ndarray:
+    """The rows with the smallest, lower median and largest finite value of a group."""
+    rows = np.flatnonzero(np.isfinite(values))
+    group = rows * groups // len(values)
+    ascending = rows[np.lexsort((values[rows], group))]
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    ends = np.append(starts[1:], len(rows))[: len(starts)] - 1
+    return ascending[np.concatenate([starts, (starts + ends) // 2, ends])]
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(values), values, np.nan)
+def is_bad(data: LogData) -> np.ndarray:
+    """The steps that were skipped or whose norm is not finite."""
+    return data.skipped | ~np.isfinite(data.norm)
+
+
+def stretches(flags: np.ndarray, most: int = 500) -> np.ndarray:
+    """First and last row of each run of true flags; the nearest are joined if many."""
+    edges = np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))
+    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
+    if len(starts) > most:
+        apart = np.sort(np.argsort(ends[:-1] - starts[1:])[: most - 1])  # widest first
+        starts, ends = starts[np.append(0, apart + 1)], ends[np.append(apart, -1)]
+    return np.stack([starts, ends], axis=1)

@@ -1,5 +1,6 @@
 """A finding, and the words that several of them use."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,12 @@ class Finding(NamedTuple):
     level: str  # "problem", "notice" or "fine"
     title: str  # what is the matter, in plain words
     detail: str  # where, how much, and what to do
+    steps: tuple[int, ...] = ()  # those it is about, if it is about some
+
+
+def at(steps: Iterable[int]) -> tuple[int, ...]:
+    """Numbers of steps, for a finding."""
+    return tuple(map(int, steps))
 
 
 def capital(sentence: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from optaxclip.audit import _text as text
 from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as stats
-from optaxclip.audit._report.finding import Finding, capital
+from optaxclip.audit._report.finding import Finding, at, capital
 
 LEADS = 0.75  # share of the spikes
 DOMINANT = 0.9  # share of the squared norm: the others change the norm by 5% at most
@@ -31,20 +31,22 @@ def spikes(data: LogData) -> Finding | None:
         f"{text.number(times[worst])} times as large"
     )
     detail += "." if len(rows) == 1 else f", at step {data.step[rows[worst]]}."
+    where = at(data.step[rows])
     if not passed.any():
-        return Finding("notice", f"{number}, {_held(data.skipped[rows])}", detail)
+        title = f"{number}, {_held(data.skipped[rows])}"
+        return Finding("notice", title, detail, where)
     if passed.all():
         title = f"{number} reached the optimizer"
     else:
         title = f"{passed.sum():,} of {number} reached the optimizer"
         detail += f" Not held: {text.steps(data.step[rows][passed])}."
-    detail += (
-        f" The clip left the norm at {stats.SPIKE:g} times the usual one or more. A "
-        "lower threshold would cut such spikes down to an ordinary size"
-    )
+    lower = f"The clip left the norm at {stats.SPIKE:g} times the usual one or more. A "
+    lower += "lower threshold would cut such spikes down to an ordinary size"
+    if np.isinf(data.threshold[rows[passed]]).all():
+        lower = "No threshold bounded them. A fixed one would cut such spikes down"
     adaptive = "; so would one that adapts, such as clip_by_percentile."
-    detail += "." if stats.moves(data) else adaptive
-    return Finding("problem", title, detail)
+    detail += f" {lower}{'.' if stats.moves(data) else adaptive}"
+    return Finding("problem", title, detail, at(data.step[rows[passed]]))
 
 
 def _held(skipped: np.ndarray) -> str:
@@ -87,4 +89,5 @@ def dominating_leaf(data: LogData) -> Finding | None:
     detail = (
         f"{leader} has the largest norm in {times:,} of the {len(leaders):,} spikes."
     )
-    return Finding("notice", "The spikes come from one parameter", detail)
+    steps = at(data.step[rows])
+    return Finding("notice", "The spikes come from one parameter", detail, steps)

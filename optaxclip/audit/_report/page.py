@@ -1,197 +1,240 @@
-"""The pieces of an HTML page that needs nothing but itself."""
+"""What stands on the page of a report, as its template takes it."""
 
 import base64
-import html
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any, NamedTuple
 
-from optaxclip.audit._text import printable
+import jinja2
+import numpy as np
+
+import optaxclip
+from optaxclip.audit import _text as text
+from optaxclip.audit._log import LogData
+from optaxclip.audit._report import statistics as stats
+from optaxclip.audit._report import stills
+from optaxclip.audit._report.payload import payload
+from optaxclip.audit._report.summary import summary
+from optaxclip.audit._what_if import (
+    HEADER,
+    Suggestions,
+    cells,
+    compare,
+    outcome,
+    parse_rule,
+    suggest,
+)
+
+EVENTS = 20  # rows of a table of events, at most
+ALTERNATIVES = {
+    "twice the median of 100": "quantile:0.5,100*2",
+    "z-score, as in ZClip": "zscore",
+}
+REPLAYED = (
+    "What other rules would have done with the norms of this run. Steps with a norm of "
+    "NaN or infinity are left out. The last column: if all norms doubled, after how "
+    "many steps would the rule clip as it did before?"
+)
+FILES = resources.files("optaxclip.audit._report")
+SCRIPTS = ("vendor/uPlot.iife.min.js", "page.js")
 
 
-class Section(NamedTuple):
-    """A part of the page with a heading of its own."""
+class Table(NamedTuple):
+    """A table; its first column heads the rows, and may be steps to go to."""
 
     id: str
-    title: str
-    body: str  # HTML
+    caption: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    texts: tuple[int, ...] = ()  # columns, besides the first, that hold no numbers
+    goes_to_steps: bool = False
 
 
-def document(title: str, lead: str, sections: Sequence[Section], foot: str) -> str:
-    """The whole page; ``lead`` and the bodies are HTML, ``title`` and ``foot`` text."""
-    links = "".join(
-        f'<li><a href="#{s.id}">{escape(s.title)}</a></li>' for s in sections
+def page(runs: Mapping[str, LogData], title: str) -> str:
+    """The page of one run, of which the name is empty, or of several by name."""
+    # Everything that is put in is escaped; what does not print is shown as an escape.
+    environment = jinja2.Environment(
+        autoescape=True,
+        loader=jinja2.FunctionLoader(_source),
+        finalize=lambda x: text.printable(x, "\n") if type(x) is str else x,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    parts = "\n".join(
-        f'<section aria-labelledby="{s.id}">\n<h2 id="{s.id}">{escape(s.title)}</h2>\n'
-        f"{s.body}\n</section>"
-        for s in sections
-    )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
-{lead}
-</header>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-<main>
-{parts}
-</main>
-<footer><p>{escape(foot)}</p></footer>
-</body>
-</html>
-"""
-
-
-def escape(text: str) -> str:
-    """Plain text as HTML."""
-    return html.escape(printable(text))
-
-
-def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
-    return f"<p>{escape(text)}</p>"
-
-
-def items(texts: Iterable[str]) -> str:
-    """A list of plain texts."""
-    return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>"
-
-
-def finding(level: str, title: str, detail: str) -> str:
-    """A finding: its level is a word and a colour."""
-    return (
-        f'<li class="finding {level}"><h3><span class="level">{level.capitalize()}'
-        f"</span> {escape(title)}</h3>{paragraph(detail)}</li>"
+    runs = {text.shown(name): data for name, data in runs.items()}
+    alone = next(iter(runs.values())) if len(runs) == 1 else None
+    scripts, style = [_source(name) for name in SCRIPTS], _source("page.css")
+    return environment.get_template("page.html.jinja").render(
+        title=text.shown(title, 500),
+        version=optaxclip.__version__,
+        scripts=scripts,
+        script_hashes=[_hash(script) for script in scripts],
+        style=_source("vendor/uPlot.min.css") + style,
+        runs=[_run(i, name, data) for i, (name, data) in enumerate(runs.items())],
+        lead=_lead(alone.metadata) if alone else [],
+        still=stills.image(runs),
+        payload={"runs": [payload(data, name) for name, data in runs.items()]},
+        scaled_leaves=any(map(stats.leaves_are_scaled, runs.values())),
+        differences=None if alone else _differences(runs),
+        alternatives=_alternatives(alone) if alone else None,
+        record=_record(alone) if alone else [],
     )
 
 
-def picture(wide: bytes, narrow: bytes, alt: str, title: str, caption: str) -> str:
-    """A picture in SVG, drawn once for wide screens and paper, once for phones."""
-    return (
-        f"<h3>{escape(title)}</h3>\n<figure><picture>"
-        f'<source media="screen and (max-width: 640px)" srcset="{_uri(narrow)}">'
-        f'<img src="{_uri(wide)}" alt="{escape(alt)}"></picture>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def _source(name: str) -> str:
+    return FILES.joinpath(name).read_text(encoding="utf-8").strip()
 
 
-def table(
-    name: str,
-    caption: str,
-    header: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    texts: Sequence[int] = (),
-) -> str:
-    """A table in a box that scrolls by itself; its first column heads the rows.
-
-    Columns hold numbers and are set flush right, except the first and ``texts``. The
-    caption stands outside of the box, or a phone would show the half of it.
-    """
-    kinds = ["text" if i in (0, *texts) else "number" for i in range(len(header))]
-    columns = list(zip(kinds, header, strict=True))
-    heads = "".join(f'<th scope="col" class="{k}">{escape(h)}</th>' for k, h in columns)
-    body = "\n".join(f"<tr>{_cells(kinds, row)}</tr>" for row in rows)
-    return (
-        f'<p class="caption" id="{name}">{escape(caption)}</p>\n'
-        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}">\n'
-        f'<table aria-labelledby="{name}">\n<thead><tr>{heads}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table>\n</div>"
-    )
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _cells(kinds: Sequence[str], row: Sequence[str]) -> str:
-    first, *others = row
-    cells = [f'<th scope="row">{escape(first)}</th>']
-    for kind, cell in zip(kinds[1:], others, strict=True):
-        cells.append(f'<td class="{kind}">{escape(cell)}</td>')
-    return "".join(cells)
+def _lead(metadata: dict[str, Any]) -> list[str]:
+    count, device = metadata.get("parameter_count"), metadata.get("device")
+    parts = {
+        "started": metadata.get("started"),
+        "transform": metadata.get("transform"),
+        "model size": f"{count:,} parameters" if type(count) is int else count,
+        "device": device.get("kind") if isinstance(device, dict) else device,
+    }
+    return [f"{name}: {value}" for name, value in parts.items() if value]
 
 
-def _uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+def _run(number: int, name: str, data: LogData) -> dict[str, Any]:
+    said = summary(data)
+    return {
+        "name": name,
+        "headline": said.headline,
+        "findings": said.findings,
+        "events": list(_events(f"-{number}" if number else "", data)),
+    }
 
 
-# The page may load nothing from anywhere and run nothing, whatever is in the log.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+def _events(suffix: str, data: LogData) -> Iterator[Table]:
+    header = "step", "norm", "threshold", "scale", "times usual", "what happened"
+    bad = stats.nonfinite_events(data, EVENTS)
+    total = int(np.sum(~np.isfinite(data.norm)))
+    shown = f"all {total:,}"
+    if len(bad) < total:
+        shown = f"the first {EVENTS} of {total:,}"
+    for name, caption, leaf, events in [
+        (
+            "largest",
+            "The steps that stand out most: norms compared with the usual norm, the "
+            f"larger of the medians of the {stats.AROUND} norms before and after. The "
+            f"first {stats.FEWEST} norms have no past to compare with.",
+            "largest parameter",
+            stats.largest_events(data, EVENTS),
+        ),
+        (
+            "nonfinite",
+            f"Steps with a norm of NaN or infinity: {shown}.",
+            "NaN or infinity in",
+            bad,
+        ),
+    ]:
+        # Of steps that hardly stand out, five are enough.
+        events = [e for i, e in enumerate(events) if i < 5 or not e.times_usual < 2]
+        if events:
+            head = header if data.leaf_norms is None else (*header, leaf)
+            rows = [_event(event)[: len(head)] for event in events]
+            yield Table(name + suffix, caption, head, rows, (5, 6), True)
 
-# Text on its background has a contrast of at least 7 : 1.
-STYLE = """
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 1rem; max-width: 62rem; background: #fff; color: #1a1a1a;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  overflow-wrap: anywhere;
-}
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.5rem 0; }
-h2 { font-size: 1.35rem; margin: 2.2rem 0 0.6rem; border-bottom: 2px solid #d0d7de; }
-h3 { font-size: 1.05rem; margin: 1.4rem 0 0.3rem; }
-p { margin: 0.3rem 0 0.7rem; }
-p, main li { max-width: 46rem; }
-main .finding, .finding p { max-width: none; }
-a { color: #0a4a82; }
-code { font: 0.92em ui-monospace, Menlo, Consolas, monospace; background: #f0f2f4;
-  padding: 0.05em 0.3em; border-radius: 3px; }
-header ul { list-style: none; margin: 0.4rem 0; padding: 0; }
-header li, footer p, figcaption, .caption { color: #444; }
-nav ul { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; list-style: none;
-  margin: 0.6rem 0; padding: 0; }
-nav a { display: inline-block; padding: 0.3rem 0; }
-.headline { font-size: 1.12rem; max-width: none; }
-.findings { list-style: none; margin: 0; padding: 0; }
-.finding { border-left: 6px solid; margin: 0.7rem 0; padding: 0.5rem 0.9rem; }
-.finding h3 { margin: 0 0 0.2rem; }
-.finding p { margin: 0; }
-.level { display: inline-block; padding: 0 0.5em; margin-right: 0.3em; color: #fff;
-  border-radius: 3px; font-size: 0.85em; }
-.problem { border-color: #9a3000; background: #fdf0e9; }
-.problem .level { background: #9a3000; }
-.notice { border-color: #004f80; background: #eaf4fb; }
-.notice .level { background: #004f80; }
-.fine { border-color: #00573f; background: #e9f7f1; }
-.fine .level { background: #00573f; }
-figure { margin: 0.4rem 0 1.6rem; }
-img { display: block; width: 100%; height: auto; }
-figcaption, .caption { font-size: 0.92rem; max-width: 46rem; }
-.caption { margin-top: 1.2rem; }
-.scroll { overflow-x: auto; margin: 0.4rem 0 1.6rem; }
-table { border-collapse: collapse; font-size: 0.95rem; overflow-wrap: normal;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #d0d7de; text-align: right;
-  vertical-align: top; white-space: nowrap; }
-thead th { background: #f0f2f4; }
-th[scope="row"] { font-weight: 600; }
-.text, th[scope="row"] { text-align: left; }
-.record td, .record th[scope="row"] { white-space: normal; }
-.record td { overflow-wrap: anywhere; min-width: 8rem; }
-footer { margin-top: 2rem; border-top: 1px solid #d0d7de; font-size: 0.92rem; }
-@media (max-width: 640px) {
-  body { padding: 0.75rem; }
-  h1 { font-size: 1.4rem; }
-  table { font-size: 0.9rem; }
-  th, td { padding: 0.3rem 0.5rem; }
-  th[scope="row"] { white-space: normal; }
-}
-@media print {
-  html { font-size: 10pt; }
-  body { max-width: none; padding: 0; }
-  nav { display: none; }
-  .scroll { overflow: visible; }
-  table { font-size: 8.5pt; }
-  th, td { white-space: normal; padding: 0.2rem 0.4rem; }
-  thead { display: table-header-group; }
-  tr, figure, .finding { break-inside: avoid; }
-  h2, h3, .caption { break-after: avoid; }
-  .finding, .level, thead th { print-color-adjust: exact;
-    -webkit-print-color-adjust: exact; }
-}
-"""
+
+def _event(event: stats.Event) -> tuple[str, ...]:
+    numbers = map(text.number, (event.norm, event.threshold, event.scale))
+    times = "-" if np.isnan(event.times_usual) else text.number(event.times_usual)
+    return str(event.step), *numbers, times, event.action, event.leaf or "-"
+
+
+def _alternatives(data: LogData) -> dict[str, Any]:
+    try:
+        suggestions = suggest(data)
+    except ValueError:  # of norms that cannot be replayed either
+        return {"table": None, "suggestions": None}
+    rows = _replayed(data, suggestions)
+    table = Table("replays", REPLAYED, HEADER, rows)
+    return {"table": table, "suggestions": suggestions}
+
+
+def _replayed(data: LogData, suggestions: Suggestions) -> list[tuple[str, ...]]:
+    fixed, percentile, _ = suggestions
+    rules = {s.setting: s.rule for s in (fixed, percentile)} | ALTERNATIVES
+    outcomes = compare({name: parse_rule(rules[name]) for name in rules}, data)
+    recorded = outcome("as recorded", data.norm, data.scale, data.clipped)
+    return [cells(row) for row in (recorded, *outcomes)]
+
+
+def _record(data: LogData) -> list[Table]:
+    numbers, settings = _numbers(data).items(), _flat(data.metadata)
+    said = "What the log says about the run."
+    return [
+        Table("numbers", "The run in numbers.", ("what", "value"), [*numbers], (1,)),
+        Table("settings", said, ("entry", "value"), [*settings], (1,)),
+    ]
+
+
+def _numbers(data: LogData) -> dict[str, str]:
+    s = stats.statistics(data)
+    lost = sum(last - first + 1 for first, last in data.missed)
+    gaps = ", ".join(f"{first} to {last}" for first, last in data.missed[:EVENTS])
+    more = " and more" if len(data.missed) > EVENTS else ""
+    losses = data.loss[np.isfinite(data.loss)]
+    return {
+        "steps": f"{s.steps:,} ({s.first_step} to {s.last_step})",
+        "steps missed": f"{lost:,} ({gaps}{more})" if lost else "0",
+        "steps run again": f"{data.rewritten:,}",
+        "torn lines dropped": f"{data.torn:,}",
+        "unsure before step": f"{data.unsure_before:,}",
+        "clipped": f"{s.clipped:,} ({text.share(s.clipped_share)})",
+        "skipped": f"{s.skipped:,} ({text.share(s.skipped / s.steps)})",
+        "NaN or infinity": f"{s.nonfinite:,}",
+        "spikes": f"{s.spikes:,}",
+        "scale, mean": text.number(s.mean_scale),
+        "norm, median": text.number(s.median_norm),
+        "norm, 95th percentile": text.number(s.p95_norm),
+        "norm, 99th percentile": text.number(s.p99_norm),
+        "norm, largest": f"{text.number(s.largest_norm)} at step {s.largest_norm_step}",
+        "threshold, median": text.number(s.median_threshold),
+        "loss, median of the last tenth": text.number(
+            float(np.median(losses[-max(len(losses) // 10, 1) :]))
+            if len(losses)
+            else np.nan
+        ),
+    }
+
+
+def _differences(runs: Mapping[str, LogData]) -> Table:
+    """What differs between runs: numbers of all, and entries that are not the same."""
+    columns = [
+        _numbers(data)
+        | dict(_flat({k: v for k, v in data.metadata.items() if k != "leaf_names"}))
+        for data in runs.values()
+    ]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(name, *(column.get(name, "-") for column in columns)) for name in names]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    same = len(names) - len(rows)
+    caption = f"What differs between the runs. Other entries of the logs: {same:,}, "
+    caption += "the same in all of them."
+    texts = tuple(range(1, len(runs) + 1))
+    return Table("differences", caption, ("what", *runs), rows, texts)
+
+
+def _flat(metadata: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every entry with its text; a dict within counts as entries of its own."""
+    for key, value in metadata.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{name}: ")
+        elif isinstance(value, list) and all(isinstance(x, dict) for x in value):
+            for number, inner in enumerate(value, 1):
+                yield from _flat(inner, f"{name} {number}: ")
+        elif isinstance(value, list) and all(isinstance(x, str) for x in value):
+            yield name, ", ".join(value)
+        else:
+            is_text = isinstance(value, str)
+            yield name, value if is_text else json.dumps(value, default=str)

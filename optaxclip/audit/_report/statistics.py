@@ -1,6 +1,10 @@
 """Numbers about a log, from which its summary, its plots and its tables are made."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -11,6 +15,22 @@ FEWEST = 10  # finite norms on a side, without which that side tells nothing
 SPIKE = 5.0  # usual norms, from which on a norm is called a spike
 NAMED = 3  # parameters that are listed by name; more are counted
 _AT_ONCE = 20_000  # windows sorted at a time, for memory
+
+
+Result = TypeVar("Result")
+
+
+def once(function: Callable[[LogData], Result]) -> Callable[[LogData], Result]:
+    """A function that takes its time, and remembers its result while a log lives."""
+    known: weakref.WeakKeyDictionary[LogData, Result] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def remembered(data: LogData) -> Result:
+        if data not in known:
+            known[data] = function(data)
+        return known[data]
+
+    return remembered
 
 
 class Statistics(NamedTuple):
@@ -45,6 +65,7 @@ class Event(NamedTuple):
     leaf: str  # the largest one, or those that are not finite; empty if not recorded
 
 
+@once
 def statistics(data: LogData) -> Statistics:
     """Counts and norms of a log; ValueError if it has no steps."""
     if not len(data.step):
@@ -89,6 +110,7 @@ def clipped(data: LogData) -> np.ndarray:
     return data.clipped & np.isfinite(data.norm)
 
 
+@once
 def usual_norm(data: LogData) -> np.ndarray:
     """For every step the norm that is usual around it; NaN where that is unknown.
 
@@ -187,6 +209,28 @@ def in_words(data: LogData, leaves: tuple[str, ...]) -> str:
     if len(leaves) > NAMED:
         return f"{len(leaves):,} of {total:,} parameters"
     return ", ".join(leaves)
+
+
+def rows_of(data: LogData, rows: slice) -> LogData:
+    """A log of some of its rows."""
+    names = ("step", "norm", "threshold", "scale", "loss", "clipped", "skipped")
+    columns = {name: getattr(data, name)[rows] for name in names}
+    leaves = None if data.leaf_norms is None else data.leaf_norms[rows]
+    return dataclasses.replace(data, **columns, leaf_norms=leaves)
+
+
+def largest_leaves(data: LogData, most: int) -> np.ndarray:
+    """The leaves with the largest median norms, largest first."""
+    assert data.leaf_norms is not None
+    known = np.where(np.isfinite(data.leaf_norms), data.leaf_norms, np.nan)
+    medians = np.nan_to_num(row_medians(known.T))
+    return np.argsort(-medians, kind="stable")[:most]
+
+
+def spans_decades(values: np.ndarray) -> bool:
+    """Whether values are drawn better on a logarithmic axis."""
+    known = values[np.isfinite(values)]
+    return bool(len(known) and known.min() > 0 and known.max() > 30 * known.min())
 
 
 def leaves_are_scaled(data: LogData) -> bool:

@@ -1,10 +1,13 @@
 """The summary of a log in words: what stands out, with its steps."""
 
+import os
+from typing import NamedTuple
+
 from optaxclip.audit import _text as text
-from optaxclip.audit._log import LogData
+from optaxclip.audit._log import LogData, read
 from optaxclip.audit._report import bad_steps, bounds, outliers
 from optaxclip.audit._report import statistics as stats
-from optaxclip.audit._report.finding import Finding, capital
+from optaxclip.audit._report.finding import Finding, at, capital
 from optaxclip.audit._report.names import with_shown_names
 
 CHECKS = (  # of the same level, the first comes first
@@ -23,20 +26,59 @@ CHECKS = (  # of the same level, the first comes first
 )
 
 
-def findings(data: LogData) -> list[Finding]:
-    """What stands out in a log, problems first; ValueError if it has no steps."""
-    stats.statistics(data)
+class Summary(NamedTuple):
+    """What :func:`summary` says of a run; as a text it reads line by line."""
+
+    headline: str  # the run in numbers, two or three sentences
+    findings: tuple[Finding, ...]  # what stands out, problems first
+    statistics: stats.Statistics | None  # None of a log without steps
+
+    def __str__(self) -> str:
+        lines = [f"[{f.level}] {f.title}. {f.detail}" for f in self.findings]
+        return "\n".join([self.headline, *lines])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def summary(log: LogData | str | os.PathLike[str]) -> Summary:
+    """Says what stands out in a run: spikes, NaN, a threshold out of reach, and so on.
+
+    Args:
+      log: A log, as a path or as :func:`optaxclip.audit.read` returns it.
+
+    Returns:
+      :class:`Summary`: print it, or go through its ``findings``. Of a log without
+      steps it says so, and has no findings.
+
+    Raises:
+      ValueError: the file is no log, see :func:`optaxclip.audit.read`.
+      OSError: it cannot be read.
+
+    Example:
+      >>> import numpy as np
+      >>> from optaxclip.audit import LogData, summary
+      >>> norm, flags = np.where(np.arange(60) == 40, 90.0, 1.0), np.zeros(60, bool)
+      >>> bound, scale = np.full(60, 2.0), np.minimum(1, 2 / norm)
+      >>> data = LogData({}, np.arange(60), norm, bound, scale, norm, scale < 1, flags)
+      >>> for finding in summary(data).findings:
+      ...     print(finding.level, "-", finding.title, finding.steps)
+      notice - 1 spike, clipped (40,)
+    """
+    data = read(log)
+    if not len(data.step):
+        return Summary("No steps yet.", (), None)
     data = with_shown_names(data)
     found = [finding for check in CHECKS if (finding := check(data))]
     order = ["problem", "notice"]
     found.sort(key=lambda finding: order.index(finding.level))
     # A run whose record has gaps, or that was restarted, may be healthy.
     healthy = [] if found else [_healthy(data)]
-    return found + _record(data) + healthy
+    every = tuple(found + _record(data) + healthy)
+    return Summary(_headline(data), every, stats.statistics(data))
 
 
-def headline(data: LogData) -> str:
-    """The run in numbers, a sentence or two."""
+def _headline(data: LogData) -> str:
     s = stats.statistics(data)
     scope = f"{text.count(s.steps, 'step')} ({s.first_step} to {s.last_step})"
     counts = (
@@ -45,27 +87,13 @@ def headline(data: LogData) -> str:
     )
     if s.nonfinite == s.steps:
         return counts
+    rest = "Of the other steps, the" if s.nonfinite else "The"
     return (
-        f"{counts} Median norm {text.number(s.median_norm)}, 95th percentile "
-        f"{text.number(s.p95_norm)}, largest {text.number(s.largest_norm)} at step "
-        f"{s.largest_norm_step}. Mean scale {text.number(s.mean_scale)}."
+        f"{counts} {rest} median norm was {text.number(s.median_norm)}, the 95th "
+        f"percentile {text.number(s.p95_norm)}, and the largest "
+        f"{text.number(s.largest_norm)}, at step {s.largest_norm_step}. On average the "
+        f"clip multiplied the gradient by {text.number(s.mean_scale)} (the scale)."
     )
-
-
-def summary_text(data: LogData) -> str:
-    """The summary of a log as plain text: a headline, then a line a finding.
-
-    Args:
-      data: A log, as :func:`optaxclip.audit.read` returns it. With no steps yet, the
-        summary says so.
-
-    Returns:
-      Lines of text, problems before notices.
-    """
-    if not len(data.step):
-        return "No steps yet."
-    lines = [f"[{f.level}] {f.title}. {f.detail}" for f in findings(data)]
-    return "\n".join([headline(data), *lines])
 
 
 def _healthy(data: LogData) -> Finding:
@@ -93,6 +121,8 @@ def _record(data: LogData) -> list[Finding]:
             f"steps before {data.unsure_before} may be of a run that was taken back"
         )
     title = "The record is not complete" if parts else _restarted(data)
+    if data.restarts:
+        parts.append(f"restarted at {text.steps(data.restarts)}")
     if data.rewritten:
         parts.append(
             f"{text.count(data.rewritten, 'step')} run again from a checkpoint; the "
@@ -103,7 +133,8 @@ def _record(data: LogData) -> list[Finding]:
     if not title and not parts:
         return []
     detail = f"{capital('; '.join(parts) or 'no step is missing')}."
-    return [Finding("notice", title or "The log was repaired", detail)]
+    steps = at([first for first, _ in data.missed] or data.restarts)
+    return [Finding("notice", title or "The log was repaired", detail, steps)]
 
 
 def _restarted(data: LogData) -> str:

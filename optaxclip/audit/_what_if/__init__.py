@@ -13,5 +13,4 @@ from optaxclip.audit._what_if.rule_text import SYNTAX as SYNTAX
 from optaxclip.audit._what_if.rule_text import parse_rule as parse_rule
 from optaxclip.audit._what_if.suggest import Suggestion as Suggestion
 from optaxclip.audit._what_if.suggest import Suggestions as Suggestions
-from optaxclip.audit._what_if.suggest import optimizer_of as optimizer_of
 from optaxclip.audit._what_if.suggest import suggest as suggest

@@ -7,12 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optaxclip._thresholds import (
-    Rule,
-    Threshold,
-)
+from optaxclip._thresholds import Rule, Threshold
 from optaxclip.audit import _text as text
-from optaxclip.audit._what_if.replay import checked, replay
+from optaxclip.audit._what_if.replay import Norms, checked, replay
 
 RISE = 2.0  # the probe: norms so many times as large, for good
 _PROBE_STEPS = 5000  # how long it lasts before a rule is said never to recover
@@ -32,9 +29,7 @@ class Outcome(NamedTuple):
     recovery_steps: float  # see `compare`; infinite for never, NaN for not probed
 
 
-def compare(
-    rules: Mapping[str, Threshold | Rule], norms: np.ndarray
-) -> tuple[Outcome, ...]:
+def compare(rules: Mapping[str, Threshold | Rule], norms: Norms) -> tuple[Outcome, ...]:
     r"""Replays several rules and sums up what each would have done.
 
     *Steps to recover* are those of a probe, the same for every rule: after the run, its
@@ -45,7 +40,7 @@ def compare(
 
     Args:
       rules: From a name to a number, an array of shape (), a schedule or a rule.
-      norms: Shape (steps,), as in :func:`replay`, with its limits.
+      norms: A log or an array of shape (steps,), as in :func:`replay`.
 
     Returns:
       An :class:`Outcome` a rule, in their order. If no norm is finite, shares, scales

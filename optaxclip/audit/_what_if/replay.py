@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +12,10 @@ import numpy as np
 import optax
 
 from optaxclip._kernel import clip_scale, decide
-from optaxclip._thresholds import (
-    Rule,
-    Threshold,
-    as_rule,
-)
+from optaxclip._thresholds import Rule, Threshold, as_rule
+from optaxclip.audit._log import LogData, read
+
+Norms = np.ndarray | LogData | str | os.PathLike[str]  # or what NumPy makes an array of
 
 
 class Replay(NamedTuple):
@@ -25,7 +25,7 @@ class Replay(NamedTuple):
     scales: np.ndarray  # min(1, threshold / norm); NaN for a norm of NaN
 
 
-def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
+def replay(rule: Threshold | Rule, norms: Norms) -> Replay:
     r"""Thresholds and scales that a rule gives for recorded norms.
 
     .. math:: T_t = \mathrm{rule}(n_t, \text{memory of } n_0 \dots n_{t-1}), \quad
@@ -43,8 +43,9 @@ def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
     Args:
       rule: A number, an array, a schedule or a rule, as :func:`optaxclip.clip_by` takes
         it. It starts with the memory that ``init`` gives it.
-      norms: Shape (steps,), or (steps, leaves), in which every leaf has a memory of its
-        own. Taken as float32, the precision of clips of float32 and smaller leaves;
+      norms: A log, as a path or as :func:`read` returns it; or an array of shape
+        (steps,), or (steps, leaves), in which every leaf has a memory of its own. Taken
+        as float32, the precision of clips of float32 and smaller leaves;
         NaN and infinity are what a bad step recorded. Skipped steps count as any other.
 
     Returns:
@@ -89,8 +90,10 @@ def replay(rule: Threshold | Rule, norms: np.ndarray) -> Replay:
         )
 
 
-def checked(call: str, norms: np.ndarray) -> np.ndarray:
+def checked(call: str, norms: Norms) -> np.ndarray:
     """A series of norms in float32; what is larger than float32 becomes infinite."""
+    if isinstance(norms, LogData | str | os.PathLike):
+        norms = read(norms).norm
     with np.errstate(over="ignore"):
         series = np.asarray(norms, np.float32)
     if not series.ndim:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import NamedTuple
 
 import numpy as np
 
 from optaxclip.audit import _text as text
-from optaxclip.audit._log import LogData
-from optaxclip.audit._what_if.replay import checked, replay
+from optaxclip.audit._log import LogData, read
+from optaxclip.audit._what_if.replay import Norms, checked, replay
 from optaxclip.audit._what_if.rule_text import parse_rule
 
 SHORT = 100  # norms; fewer do not even end the ramp of the default
@@ -41,7 +42,7 @@ class Suggestions(NamedTuple):
     remarks: tuple[str, ...]  # why to distrust them; empty if nothing speaks against
 
 
-def suggest(norms: np.ndarray, optimizer: str = "") -> Suggestions:
+def suggest(norms: Norms, optimizer: str = "") -> Suggestions:
     r"""Proposes a fixed threshold and one that adapts, from the norms of a run.
 
     Both come from ``benchmarks/which_clip.py``, which compares clips on eleven tasks
@@ -61,10 +62,12 @@ def suggest(norms: np.ndarray, optimizer: str = "") -> Suggestions:
     it.
 
     Args:
-      norms: Shape (steps,), before clipping. Zeros, NaN and infinity are left out.
+      norms: A log, as a path or as :func:`read` returns it; or an array of shape
+        (steps,), before clipping. Zeros, NaN and infinity are left out.
       optimizer: A text that names the optimizer, such as ``"adamw"`` or
-        ``"chain(clip, sgd)"``. The reason for the fixed threshold says what to expect
-        of it. If empty or unknown, it says both.
+        ``"chain(clip, sgd)"``. By default what the log says of it. The reason
+        for the fixed threshold says what to expect of it; of none, or an unknown one,
+        it says what holds with Adam and with SGD.
 
     Returns:
       :class:`Suggestions`, with a sentence of reasons each.
@@ -87,6 +90,9 @@ def suggest(norms: np.ndarray, optimizer: str = "") -> Suggestions:
       <https://arxiv.org/abs/1211.5063>`_, 2013, who found thresholds from half to ten
       times the average norm to work
     """
+    if isinstance(norms, LogData | str | os.PathLike):
+        norms = read(norms)
+        optimizer = optimizer or _optimizer_of(norms)
     series = checked("suggest", norms).ravel()
     series = series[np.isfinite(series) & (series > 0)]
     if not len(series):
@@ -97,7 +103,7 @@ def suggest(norms: np.ndarray, optimizer: str = "") -> Suggestions:
     return Suggestions(fixed, _percentile(series), tuple(_remarks(series)))
 
 
-def optimizer_of(data: LogData) -> str:
+def _optimizer_of(data: LogData) -> str:
     """What a log says of its optimizer: the transformation and all texts beside it."""
     beside = data.metadata.get("hyperparameters")
     beside = beside.values() if isinstance(beside, dict) else ()
