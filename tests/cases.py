@@ -154,8 +154,8 @@ def model(dtype: Any) -> Any:
     }
 
 
-# name -> (does it need x64, a function that makes it). Each costs a compiled program for
-# every clip, so what cannot fail apart stands in one tree.
+# name -> (does it need x64, a function that makes it). Each costs a compiled program
+# for every clip, so what cannot fail apart stands in one tree.
 TREES = {
     "float32": (False, lambda: model(jnp.float32)),
     "bfloat16": (False, lambda: model(jnp.bfloat16)),
