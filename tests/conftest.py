@@ -45,6 +45,23 @@ def pytest_runtest_teardown():
         jax.clear_caches()
 
 
+# Where the optimized program is itself what is tested: its numbers and its cost.
+OPTIMIZED = {"norms", "thresholds", "test_budget", "test_measure", "test_parity"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_fast(request):
+    """Most tests compile much and run little.
+
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment tests optimized programs alone.
+    """
+    fast = OPTIMIZED.isdisjoint({request.path.parent.name, request.path.stem})
+    fast &= os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != "0"
+    jax.config.update("jax_disable_most_optimizations", fast)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def loss_scale_is_known(monkeypatch):
     """Most tests of the loss scale need no loss, nor a warning that none was scaled."""

@@ -31,6 +31,17 @@ SKIPS = {
     ),
 }
 EVERY = TRANSFORMS | SKIPS
+# One for each way to measure, and the skips: rules see norms that are whole already.
+MEASURING = [
+    "clip_by_value",
+    "clip_by_global_norm",
+    "clip_by_leaf_norm",
+    "clip_by_block_rms",
+    "clip_by(global_norm, ord=1)",
+    "clip_by(leaf_norm, ord=inf)",
+    "clip_by_percentile",
+    *SKIPS,
+]
 STEPS = 6
 THRESHOLD = 0.5
 

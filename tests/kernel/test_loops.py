@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import TRANSFORMS, array
+from cases import KINDS, TRANSFORMS, array
 from flax import nnx
 
 import optaxclip
@@ -19,21 +19,13 @@ FACTORS = [1.0, 0.1, 1.0, 10.0, 1.0, 0.1, 1e3, 1.0, 0.3, 1.0]  # of the losses
 BATCHES = [(array(8, 4, seed=i), jnp.float32(f)) for i, f in enumerate(FACTORS)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-    """These tests compile much and run little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def optimizer():
     return optax.chain(optax.trace(0.9), optax.scale(-0.001))
 
 
 OPTIMIZERS = {
     name: lambda make=make: optax.chain(make(0.5), optimizer())
-    for name, make in TRANSFORMS.items()
+    for name, make in KINDS.items()
 } | {
     "adagc()": lambda: optax.chain(optaxclip.adagc(warmup=3), optimizer()),
     "skip_nonfinite": lambda: optaxclip.skip_nonfinite(
@@ -48,9 +40,9 @@ OPTIMIZERS = {
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
-def all_at_once():
+def all_at_once(optimizers=OPTIMIZERS):
     """Every optimizer on the same gradients, their updates added up: one program."""
-    transforms = {name: make() for name, make in OPTIMIZERS.items()}
+    transforms = {name: make() for name, make in optimizers.items()}
 
     def init(params):
         return {name: tx.init(params) for name, tx in transforms.items()}
@@ -523,10 +515,16 @@ def test_an_adaptive_clip_is_tightened_while_training(make, static, argument, va
 # Long
 
 
+LONG = OPTIMIZERS | {
+    name: lambda make=make: optax.chain(make(0.5), optimizer())
+    for name, make in TRANSFORMS.items()
+}
+
+
 @pytest.fixture(scope="module")
 def long_run():
     """10,000 steps with gradients of all sizes: what it starts with and ends with."""
-    tx = all_at_once()
+    tx = all_at_once(LONG)
     params = {"w": KERNEL, "b": BIAS}
 
     def step(carry, i):
@@ -542,7 +540,7 @@ def long_run():
     return start, end
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", LONG)
 def test_ten_thousand_steps_of_a_scan(name, long_run):
     """Counters and windows come round; nothing drifts, overflows or changes form."""
     start, (params, states) = long_run
