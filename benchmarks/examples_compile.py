@@ -81,14 +81,7 @@ def char_lm(chips: Any) -> Any:
     tx = optaxclip.record_history(example.CLIPS["skip"](config), config.every)
 
     def new_model() -> Any:
-        model = example.Transformer(
-            vocabulary=128,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            context=config.context,
-            rngs=nnx.Rngs(0),
-        )
+        model = example.Transformer(config, nnx.Rngs(0))
         return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     model = nnx.eval_shape(new_model)
@@ -138,7 +131,7 @@ def diffusion(chips: Any) -> Any:
     import diffusion as example
 
     config, mesh = example.Config(), Mesh(chips, ("batch",))
-    tx = example.OPTIMIZERS["recommended"](config)
+    tx = example.CLIPS["percentile"](config)
     network = nnx.eval_shape(
         lambda: example.Denoiser(width=config.width, rngs=nnx.Rngs(0))
     )
@@ -156,7 +149,7 @@ def lora(chips: Any) -> Any:
     config, mesh = example.Config(), Mesh(chips, ("batch",))
     base = example.new_base
     model = nnx.eval_shape(
-        lambda: example.new_model(config, base(config), "default", 0)
+        lambda: example.new_model(config, base(config), "percentile", 0)
     )
     tokens = split(mesh, (config.batch, config.context + 1), np.uint8)
     weights = split(mesh, (config.batch, config.context), np.float32)
