@@ -53,7 +53,7 @@ class Config:
     steps: int = 600  # optimizer steps of a run
     batch: int = 16  # sequences a batch, a multiple of the number of devices
     peak_rate: float = 3e-3  # learning rate after the warm-up
-    warmup: int = 50  # steps of linear warm-up; a cosine decay follows
+    warmup: int = 50  # steps of linear warm-up, below --steps; then a cosine decay
     # The model and the text.
     context: int = 64  # characters a sequence
     depth: int = 2  # Transformer blocks

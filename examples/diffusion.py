@@ -52,7 +52,7 @@ class Config:
     bad_factor: float = 1000.0  # what its pixels are multiplied by; may be nan
     max_norm: float = 1.0  # global: largest norm of the gradient
     # The training.
-    steps: int = 3000  # optimizer steps of a run
+    steps: int = 2000  # optimizer steps of a run
     batch: int = 128  # images a batch, a multiple of the number of devices
     peak_rate: float = 4e-3  # learning rate after the warm-up
     warmup: int = 100  # steps of linear warm-up; a cosine decay follows
@@ -106,6 +106,9 @@ def label(config: Config, name: str) -> str:
 
 
 # --- data -----------------------------------------------------------------------------
+
+
+SIDE = 8  # pixels along an edge of an image
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -162,10 +165,10 @@ class Denoiser(nnx.Module):
         linear = functools.partial(nnx.Linear, **kinds)
         norm = functools.partial(nnx.RMSNorm, **kinds)
         self.time = linear(32, width)
-        self.pixels = linear(64, width)
+        self.pixels = linear(SIDE**2, width)
         self.blocks = nnx.List([Block(width, linear, norm) for _ in range(3)])
         self.norm = norm(width)
-        self.velocity = linear(width, 64)
+        self.velocity = linear(width, SIDE**2)
 
     def __call__(self, noisy_BP: jax.Array, time_B: jax.Array) -> jax.Array:
         # Waves from half a period to a hundred periods over the time from 0 to 1.
@@ -281,7 +284,7 @@ def draw(model: Denoiser, config: Config, key: jax.Array) -> jax.Array:
 
     # Not from 1: there, nothing but noise is left to tell a digit from.
     times = jnp.linspace(0.99, 0.0, config.sampling_steps + 1)
-    noise_BP = jax.random.normal(key, (config.samples, 64))
+    noise_BP = jax.random.normal(key, (config.samples, SIDE**2))
     return jax.lax.scan(step, noise_BP, jnp.stack([times[:-1], times[1:]], 1))[0]
 
 
@@ -370,10 +373,10 @@ def picture(config: Config, runs: dict[str, Runs], path: Path) -> None:
     for axes_B, (name, digits_BP) in zip(grid, rows.items(), strict=True):
         axes_B[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axes, digit_P in zip(axes_B, digits_BP, strict=False):
-            axes.imshow(digit_P.reshape(8, 8), cmap="gray_r", vmin=-1, vmax=1)
+            axes.imshow(digit_P.reshape(SIDE, SIDE), cmap="gray_r", vmin=-1, vmax=1)
             axes.set(xticks=[], yticks=[])
             if np.isnan(digit_P).any():
-                axes.text(3.5, 3.5, "NaN", ha="center", va="center")
+                axes.text(SIDE / 2, SIDE / 2, "NaN", ha="center", va="center")
     figure.savefig(path, dpi=120)
 
 

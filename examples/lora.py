@@ -63,7 +63,7 @@ class Config:
     context: int = 64  # characters a sequence
     depth: int = 3  # Transformer blocks
     heads: int = 4  # attention heads, a divisor of the width
-    width: int = 128  # width of the residual stream
+    width: int = 96  # width of the residual stream
     dtype: str = "float32"  # dtype of the computation; parameters stay float32
     # The output.
     out: str = "runs/lora"  # folder for logs, reports and picture
