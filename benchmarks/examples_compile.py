@@ -94,7 +94,7 @@ def temporal_order(chips: Any) -> Any:
     import temporal_order as example
 
     config, mesh = example.Config(), Mesh(chips, ("seed",))
-    tx = example.CLIPS["percentile"](config)
+    tx = example.CLIPS["skip"](config)
     states = jax.eval_shape(lambda: example.new_states(config, tx))
     states = jax.tree.map(lambda x: split(mesh, x.shape, x.dtype), states)
     return example.stretch_of(config, tx, length=20).lower(*states, 0)
@@ -104,7 +104,7 @@ def digits_cnn(chips: Any) -> Any:
     import digits_cnn as example
 
     config, n = example.Config(), len(chips)
-    tx = example.CLIPS["percentile"](config)
+    tx = example.CLIPS["skip"](config)
     step = example.train_step_of(config, tx).__wrapped__
     _, params = nnx.eval_shape(lambda: example.new_model(config, seed=0))
     state = params, jax.eval_shape(tx.init, params)
@@ -131,7 +131,7 @@ def diffusion(chips: Any) -> Any:
     import diffusion as example
 
     config, mesh = example.Config(), Mesh(chips, ("batch",))
-    tx = example.CLIPS["percentile"](config)
+    tx = example.CLIPS["skip"](config)
     network = nnx.eval_shape(
         lambda: example.Denoiser(width=config.width, rngs=nnx.Rngs(0))
     )

@@ -2,7 +2,7 @@
 
     pip install "optaxclip[examples]"
     python diffusion.py    # three runs, a table, a picture, reports: minutes on a CPU
-    python diffusion.py --seeds 3 --bad-factor nan    # the bad batch has no numbers
+    python diffusion.py --clip percentile,skip --bad-factor nan    # a batch of NaN
     python diffusion.py --bad-step -1 --steps 20000 --width 512    # on an accelerator
 
 A small residual network (Flax NNX) learns to tell the noise from the digit, and draws
@@ -93,8 +93,10 @@ CLIPS = {
     # An infinite threshold clips nothing, and measures all the same.
     "none": lambda c: adamw(c, optaxclip.clip_by_global_norm(jnp.inf)),
     "global": lambda c: adamw(c, optaxclip.clip_by_global_norm(c.max_norm)),
-    # No threshold to choose, and a step that is not finite changes nothing at all.
-    "percentile": lambda c: optaxclip.skip_nonfinite(
+    # No threshold to choose.
+    "percentile": lambda c: adamw(c, optaxclip.clip_by_percentile()),
+    # As percentile, and a step that is not finite changes nothing at all.
+    "skip": lambda c: optaxclip.skip_nonfinite(
         adamw(c, optaxclip.clip_by_percentile())
     ),
 }

@@ -106,7 +106,9 @@ CLIPS = {
     "none": lambda c: sgd(c, optaxclip.clip_by_global_norm(jnp.inf, axis_name=())),
     "global": lambda c: sgd(c, optaxclip.clip_by_global_norm(c.max_norm, axis_name=())),
     # What nobody has to tune.
-    "percentile": lambda c: optaxclip.skip_nonfinite(
+    "percentile": lambda c: sgd(c, optaxclip.clip_by_percentile(axis_name=())),
+    # As percentile, and a step that is not finite changes nothing at all.
+    "skip": lambda c: optaxclip.skip_nonfinite(
         sgd(c, optaxclip.clip_by_percentile(axis_name=())), axis_name=()
     ),
     "agc": lambda c: sgd(

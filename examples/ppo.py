@@ -8,7 +8,13 @@
 The environment (Gymnasium's functional CartPole), the actor-critic (Flax NNX) and PPO
 are pure functions under `scan`; `vmap` runs the seeds. The clip that implementations of
 PPO customarily have, `clip_by_global_norm(0.5)`, meets `clip_by_percentile()`, whose
-threshold nobody has to choose, and no clip at all. Every clip meets the same seeds.
+threshold nobody has to choose, and no clip at all. Every clip meets the same seeds. On
+this easy task no clip at all does best, and 0.5, below nearly every norm, worst:
+
+clip        mean return      of the last tenth   clipped  norm: median  largest
+none          292.5 ± 51.4          376.4 ± 101.7      0.0%         32.81     74.3
+global 0.5    224.8 ± 20.2           246.9 ± 28.9     98.3%         32.43     74.4
+percentile    258.9 ± 24.8           315.0 ± 67.0     70.7%         32.63     76.4
 
 A name ends in the axes of its array: T time, E environments, B batch, O observation,
 A actions, U iterations, K epochs, M minibatches, G gradients (all of a run), S seeds.
@@ -21,7 +27,6 @@ import inspect
 import math
 import os
 import re
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +36,7 @@ import numpy as np
 import optax
 from flax import nnx
 from gymnasium.envs.phys2d.cartpole import CartPoleFunctional, CartPoleParams
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -314,7 +319,6 @@ class Runs:
     norm_SG: np.ndarray
     clipped_S: np.ndarray  # shares of the updates
     log: LogData  # of the first seed
-    rate: float  # updates a second, of all seeds together
 
 
 def train_seeds(config: Config, name: str, folder: Path) -> Runs:
@@ -322,15 +326,11 @@ def train_seeds(config: Config, name: str, folder: Path) -> Runs:
     tx = optaxclip.record_history(CLIPS[name](config), config.updates, leaf_norms=True)
     # As many devices as can share the seeds out evenly.
     devices = math.gcd(config.seeds, jax.device_count())
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((devices,), ("seed",), auto, devices=jax.devices()[:devices])
+    mesh = Mesh(jax.devices()[:devices], "seed")
     key_S = jax.random.split(jax.random.key(0), config.seeds)
     key_S = jax.device_put(key_S, NamedSharding(mesh, PartitionSpec("seed")))
-
-    program = jax.jit(jax.vmap(lambda key: run(config, tx, key))).lower(key_S).compile()
-    start = time.perf_counter()
+    program = jax.jit(jax.vmap(lambda key: run(config, tx, key)))
     return_SU, norm_SG, state_S = jax.device_get(program(key_S))
-    rate = norm_SG.size / (time.perf_counter() - start)
 
     path = folder / f"{name}-seed0.jsonl"
     path.unlink(missing_ok=True)  # a log that exists would be gone on with
@@ -340,12 +340,11 @@ def train_seeds(config: Config, name: str, folder: Path) -> Runs:
     log = read(path)
     report(log, path.with_suffix(".html"), title=f"ppo, {name}, first seed")
     clipped_S = np.asarray(optaxclip.metrics(state_S)["clip_fraction"])
-    return Runs(return_SU, norm_SG, clipped_S, log, rate)
+    return Runs(return_SU, norm_SG, clipped_S, log)
 
 
 HEADER = (
-    "clip        mean return      of the last tenth   clipped"
-    "  norm: median  largest  updates/s"
+    "clip        mean return      of the last tenth   clipped  norm: median  largest"
 )
 
 
@@ -358,7 +357,7 @@ def table(runs: dict[str, Runs]) -> str:
             f"{name:<11}{spread(run.return_SU.mean(1)):>15}"
             f"{spread(run.return_SU[:, -last:].mean(1)):>23}"
             f"{run.clipped_S.mean():>10.1%}{np.median(run.norm_SG):>14.2f}"
-            f"{run.norm_SG.max():>9.1f}{run.rate:>11.0f}"
+            f"{run.norm_SG.max():>9.1f}"
         )
     return "\n".join(lines)
 
@@ -411,7 +410,7 @@ def picture(config: Config, runs: dict[str, Runs], path: Path) -> None:
 
 
 def main() -> None:
-    # XLA's threads on a CPU: operations as small as these are not worth sharing out.
+    # One thread where there is only a CPU: the operations are too small to share out.
     os.environ.setdefault("NPROC", "1")
     config = read_config()
     if unknown := set(config.clip.split(",")) - set(CLIPS):

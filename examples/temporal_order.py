@@ -92,9 +92,9 @@ CLIPS = {
     # What the authors did, by hand.
     "global": lambda c: sgd(c, optaxclip.clip_by_global_norm(c.max_norm)),
     # What nobody has to tune.
-    "percentile": lambda c: optaxclip.skip_nonfinite(
-        sgd(c, optaxclip.clip_by_percentile())
-    ),
+    "percentile": lambda c: sgd(c, optaxclip.clip_by_percentile()),
+    # As percentile, and a step that is not finite changes nothing at all.
+    "skip": lambda c: optaxclip.skip_nonfinite(sgd(c, optaxclip.clip_by_percentile())),
 }
 
 
