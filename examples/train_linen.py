@@ -198,7 +198,8 @@ def train(config: Config, text: np.ndarray, seed: int, folder: Path) -> TrainSta
         if (step + 1) % config.every == 0 or step + 1 == config.steps:
             for number, row in jax.device_get(pending):
                 for name, value in row.items():
-                    board.add_scalar(name, value.item(), number)
+                    if np.isfinite(value):  # many a clip has no threshold at first
+                        board.add_scalar(name, value.item(), number)
             pending.clear()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
             # The log first: what it has beyond a checkpoint it can take back.

@@ -120,7 +120,7 @@ def test_seeds_differ_and_the_table_gives_their_spread(tmp_path):
     ("arguments", "message"),
     [
         ("--clip none,glob", "['glob'] are not among ['none',"),
-        ("--batch 3", "divisible by 2"),
+        ("--batch 3", "partitioned 2 times, but the dimension size is 3"),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(tmp_path, arguments, message):

@@ -99,7 +99,7 @@ def test_devices_share_a_batch_and_agree_with_one(tmp_path):
     ("arguments", "message"),
     [
         ("--clip none,glob", "['glob'] are not among ['none',"),
-        ("--batch 3", "divisible by 2"),
+        ("--batch 3", "partitioned 2 times, but the dimension size is 3"),
         ("--warmup 30", "--steps must be above --warmup"),
         ("--every 31", "--steps must be above --warmup, and at least --every"),
     ],

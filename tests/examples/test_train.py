@@ -155,7 +155,7 @@ def test_a_batch_that_devices_cannot_share_is_refused_at_once(tmp_path, script):
     process = start(script, tmp_path, "--batch 3", devices=2)
     _, stderr = process.communicate(timeout=900)
     assert process.returncode == 1
-    assert "divisible by 2" in stderr
+    assert "partitioned 2 times, but the dimension size is 3" in stderr
 
 
 @pytest.fixture
