@@ -9,10 +9,12 @@ Four convolutions (Flax NNX) and no normalization learn scikit-learn's handwritt
 digits by SGD with momentum. Nothing but the clip keeps a layer within bounds, which is
 what adaptive gradient clipping was made for (Brock et al., "High-Performance
 Large-Scale Image Recognition Without Normalization", 2021): it holds the gradient of
-every unit to a share of the unit's weights, but leaves the last layer alone, where a
-broken batch gets through. Every so often comes one: pixels that nobody scaled to
-[0, 1]. All devices share a batch under `pmap`; the gradients are averaged before the
-clip sees them.
+every unit to a share of the unit's weights. All devices share a batch under `pmap`; the
+gradients are averaged before the clip sees them.
+
+Every so often comes a broken batch: pixels that nobody scaled to [0, 1]. As its authors
+advise, `agc` does not clip the last layer, so the gradient of a broken batch passes
+through that layer whole: the last column of the table shows how large it is.
 
 A name ends in the axes of its array: D devices, B batch, N examples, H height, W width,
 C channels, K classes.
@@ -111,6 +113,7 @@ CLIPS = {
     "skip": lambda c: optaxclip.skip_nonfinite(
         sgd(c, optaxclip.clip_by_percentile(axis_name=())), axis_name=()
     ),
+    # To bound the last layer, too, put a clip of the global norm behind this one.
     "agc": lambda c: sgd(
         c,
         optax.masked(
