@@ -81,14 +81,7 @@ def char_lm(chips: Any) -> Any:
     tx = optaxclip.record_history(example.CLIPS["skip"](config), config.every)
 
     def new_model() -> Any:
-        model = example.Transformer(
-            vocabulary=128,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            context=config.context,
-            rngs=nnx.Rngs(0),
-        )
+        model = example.Transformer(config, nnx.Rngs(0))
         return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     model = nnx.eval_shape(new_model)
@@ -101,7 +94,7 @@ def temporal_order(chips: Any) -> Any:
     import temporal_order as example
 
     config, mesh = example.Config(), Mesh(chips, ("seed",))
-    tx = example.CLIPS["percentile"](config)
+    tx = example.CLIPS["skip"](config)
     states = jax.eval_shape(lambda: example.new_states(config, tx))
     states = jax.tree.map(lambda x: split(mesh, x.shape, x.dtype), states)
     return example.stretch_of(config, tx, length=20).lower(*states, 0)
@@ -111,7 +104,7 @@ def digits_cnn(chips: Any) -> Any:
     import digits_cnn as example
 
     config, n = example.Config(), len(chips)
-    tx = example.CLIPS["percentile"](config)
+    tx = example.CLIPS["skip"](config)
     step = example.train_step_of(config, tx).__wrapped__
     _, params = nnx.eval_shape(lambda: example.new_model(config, seed=0))
     state = params, jax.eval_shape(tx.init, params)
@@ -138,7 +131,7 @@ def diffusion(chips: Any) -> Any:
     import diffusion as example
 
     config, mesh = example.Config(), Mesh(chips, ("batch",))
-    tx = example.OPTIMIZERS["recommended"](config)
+    tx = example.CLIPS["skip"](config)
     network = nnx.eval_shape(
         lambda: example.Denoiser(width=config.width, rngs=nnx.Rngs(0))
     )
@@ -156,7 +149,7 @@ def lora(chips: Any) -> Any:
     config, mesh = example.Config(), Mesh(chips, ("batch",))
     base = example.new_base
     model = nnx.eval_shape(
-        lambda: example.new_model(config, base(config), "default", 0)
+        lambda: example.new_model(config, base(config), "percentile", 0)
     )
     tokens = split(mesh, (config.batch, config.context + 1), np.uint8)
     weights = split(mesh, (config.batch, config.context), np.float32)

@@ -2,7 +2,7 @@
 
     pip install "optaxclip[examples]"
     python diffusion.py    # three runs, a table, a picture, reports: minutes on a CPU
-    python diffusion.py --seeds 3 --bad-factor nan    # the bad batch has no numbers
+    python diffusion.py --clip percentile,skip --bad-factor nan    # a batch of NaN
     python diffusion.py --bad-step -1 --steps 20000 --width 512    # on an accelerator
 
 A small residual network (Flax NNX) learns to tell the noise from the digit, and draws
@@ -22,7 +22,9 @@ import argparse
 import csv
 import dataclasses
 import functools
+import inspect
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,52 +43,39 @@ import optaxclip
 from optaxclip.audit import ClipLog, LogData, read, report
 
 
-def option(default: Any, comment: str) -> Any:
-    """A field whose comment is also its line of `--help`."""
-    return dataclasses.field(default=default, metadata={"help": comment})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     # The comparison.
-    clip: str = option("none,global,recommended", "runs to make, from OPTIMIZERS")
-    seeds: int = option(1, "repeat every run with this many seeds")
-    bad_step: int = option(500, "the step whose batch is bad; -1 for none")
-    bad_factor: float = option(1000.0, "what its pixels are multiplied by; may be nan")
-    max_norm: float = option(1.0, "global: largest norm of the gradient")
+    clip: str = "none,global,percentile"  # runs to make, from CLIPS
+    seeds: int = 1  # repeat every run with this many seeds
+    bad_step: int = 500  # the step whose batch is bad; -1 for none
+    bad_factor: float = 1000.0  # what its pixels are multiplied by; may be nan
+    max_norm: float = 1.0  # global: largest norm of the gradient
     # The training.
-    steps: int = option(3000, "optimizer steps of a run")
-    batch: int = option(128, "images a batch, a multiple of the number of devices")
-    peak_rate: float = option(4e-3, "learning rate after the warm-up")
-    warmup: int = option(100, "steps of linear warm-up; a cosine decay follows")
-    ema_rate: float = option(0.01, "share of the newest parameters in their average")
+    steps: int = 2000  # optimizer steps of a run
+    batch: int = 128  # images a batch, a multiple of the number of devices
+    peak_rate: float = 4e-3  # learning rate after the warm-up
+    warmup: int = 100  # steps of linear warm-up; a cosine decay follows
+    ema_rate: float = 0.01  # share of the newest parameters in their average
     # The model.
-    width: int = option(128, "width of the residual stream")
+    width: int = 128  # width of the residual stream
     # Drawing.
-    samples: int = option(12, "digits that every run draws")
-    sampling_steps: int = option(50, "steps from noise to a digit")
+    samples: int = 12  # digits that every run draws
+    sampling_steps: int = 50  # steps from noise to a digit
     # Output.
-    every: int = option(100, "steps between two validations, and two transfers")
-    out: str = option("runs/diffusion", "folder for picture, table, logs and reports")
+    every: int = 100  # steps between two validations, and two transfers
+    out: str = "runs/diffusion"  # folder for picture, table, logs and reports
 
 
 def read_config() -> Config:
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Options of the command line for all fields; the comments above are their help."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        text = field.metadata["help"]
+        text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         parser.add_argument(flag, type=field.type, default=field.default, help=text)
-    config = Config(**vars(parser.parse_args()))
-    if unknown := set(config.clip.split(",")) - set(OPTIMIZERS):
-        parser.error(f"--clip: {sorted(unknown)} are not among {list(OPTIMIZERS)}")
-    if config.batch % jax.device_count():
-        parser.error(f"--batch must be a multiple of {jax.device_count()} (devices)")
-    if config.steps <= max(config.warmup, config.every - 1):
-        parser.error("--steps must be above --warmup, and at least --every")
-    return config
+    return Config(**vars(parser.parse_args()))
 
 
 # --- optimizers -----------------------------------------------------------------------
@@ -100,18 +89,28 @@ def adamw(config: Config, clip: optax.GradientTransformation) -> Any:
 
 
 # A line a run: from the configuration to the optimizer.
-OPTIMIZERS = {
+CLIPS = {
     # An infinite threshold clips nothing, and measures all the same.
     "none": lambda c: adamw(c, optaxclip.clip_by_global_norm(jnp.inf)),
     "global": lambda c: adamw(c, optaxclip.clip_by_global_norm(c.max_norm)),
-    # No threshold to choose, and a step that is not finite changes nothing at all.
-    "recommended": lambda c: optaxclip.skip_nonfinite(
+    # No threshold to choose.
+    "percentile": lambda c: adamw(c, optaxclip.clip_by_percentile()),
+    # As percentile, and a step that is not finite changes nothing at all.
+    "skip": lambda c: optaxclip.skip_nonfinite(
         adamw(c, optaxclip.clip_by_percentile())
     ),
 }
 
 
+def label(config: Config, name: str) -> str:
+    """The name of a run, with the one threshold that somebody had to choose."""
+    return f"global {config.max_norm:g}" if name == "global" else name
+
+
 # --- data -----------------------------------------------------------------------------
+
+
+SIDE = 8  # pixels along an edge of an image
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -168,10 +167,10 @@ class Denoiser(nnx.Module):
         linear = functools.partial(nnx.Linear, **kinds)
         norm = functools.partial(nnx.RMSNorm, **kinds)
         self.time = linear(32, width)
-        self.pixels = linear(64, width)
+        self.pixels = linear(SIDE**2, width)
         self.blocks = nnx.List([Block(width, linear, norm) for _ in range(3)])
         self.norm = norm(width)
-        self.velocity = linear(width, 64)
+        self.velocity = linear(width, SIDE**2)
 
     def __call__(self, noisy_BP: jax.Array, time_B: jax.Array) -> jax.Array:
         # Waves from half a period to a hundred periods over the time from 0 to 1.
@@ -287,7 +286,7 @@ def draw(model: Denoiser, config: Config, key: jax.Array) -> jax.Array:
 
     # Not from 1: there, nothing but noise is left to tell a digit from.
     times = jnp.linspace(0.99, 0.0, config.sampling_steps + 1)
-    noise_BP = jax.random.normal(key, (config.samples, 64))
+    noise_BP = jax.random.normal(key, (config.samples, SIDE**2))
     return jax.lax.scan(step, noise_BP, jnp.stack([times[:-1], times[1:]], 1))[0]
 
 
@@ -343,12 +342,13 @@ def save(config: Config, runs: dict[str, Runs], path: Path) -> None:
 
 
 # Told apart by color-blind readers, too.
-COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 
 def picture(config: Config, runs: dict[str, Runs], path: Path) -> None:
     figure = Figure(figsize=(11, 6 + len(runs)), layout="constrained")
-    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=[5, 1 + len(runs)]))
+    halves: Any = figure.subfigures(2, 1, height_ratios=[5, 1 + len(runs)])
+    top, bottom = halves
     left, right = top.subplots(1, 2)
     for color, (name, run) in zip(COLORS, runs.items(), strict=False):
         steps_V = config.every * (1 + np.arange(run.losses_SV.shape[1]))
@@ -375,22 +375,26 @@ def picture(config: Config, runs: dict[str, Runs], path: Path) -> None:
     for axes_B, (name, digits_BP) in zip(grid, rows.items(), strict=True):
         axes_B[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axes, digit_P in zip(axes_B, digits_BP, strict=False):
-            axes.imshow(digit_P.reshape(8, 8), cmap="gray_r", vmin=-1, vmax=1)
+            axes.imshow(digit_P.reshape(SIDE, SIDE), cmap="gray_r", vmin=-1, vmax=1)
             axes.set(xticks=[], yticks=[])
             if np.isnan(digit_P).any():
-                axes.text(3.5, 3.5, "NaN", ha="center", va="center")
+                axes.text(SIDE / 2, SIDE / 2, "NaN", ha="center", va="center")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     config = read_config()
+    if unknown := set(config.clip.split(",")) - set(CLIPS):
+        raise SystemExit(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
+    if config.steps <= max(config.warmup, config.every - 1):
+        raise SystemExit("--steps must be above --warmup, and at least --every")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, Runs] = {}
     for name in config.clip.split(","):
         # One for all seeds, so that they compile once.
         tx = optaxclip.record_history(
-            OPTIMIZERS[name](config), config.every, leaf_norms=True
+            CLIPS[name](config), config.every, leaf_norms=True
         )
         models, losses, logs = [], [], []
         for seed in range(config.seeds):
@@ -401,7 +405,7 @@ def main() -> None:
             logs.append(read(path))
             report(logs[-1], path.with_suffix(".html"), title=f"diffusion, {name}")
         digits_BP = np.asarray(draw(models[0], config, jax.random.key(0)))
-        runs[name] = Runs(np.array(losses), logs, digits_BP)
+        runs[label(config, name)] = Runs(np.array(losses), logs, digits_BP)
     save(config, runs, folder / "validation.csv")
     picture(config, runs, folder / "diffusion.png")
     print(table(config, runs))

@@ -32,8 +32,10 @@ width of a head, V vocabulary.
 import argparse
 import dataclasses
 import functools
+import inspect
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -62,65 +64,61 @@ from optaxclip.audit import ClipLog, read, report
 Batch = dict[str, Any]
 
 
-def option(default: Any, comment: str) -> Any:
-    """A field whose comment is also its line of `--help`."""
-    return dataclasses.field(default=default, metadata={"help": comment})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     # The comparison.
-    dtype: str = option("float32,bfloat16", "of the computation, one or several")
-    clip: str = option("default,leaf", "one or several, from CLIPS")
-    seeds: int = option(1, "repeat every run with this many seeds")
-    max_norm: float = option(1.0, "global: largest norm of the whole gradient")
-    max_leaf_norm: float = option(0.5, "leaf: largest norm of a parameter's gradient")
-    spike: int = option(15, "step at which one sequence counts a thousandfold")
-    nan: int = option(25, "step at which one sequence counts NaN")
+    dtype: str = "float32,bfloat16"  # of the computation, one or several
+    clip: str = "percentile,leaf"  # one or several, from CLIPS
+    seeds: int = 1  # repeat every run with this many seeds
+    max_norm: float = 1.0  # global: largest norm of the whole gradient
+    max_leaf_norm: float = 0.5  # leaf: largest norm of a parameter's gradient
+    spike: int = 15  # step at which one sequence counts a thousandfold
+    nan: int = 25  # step at which one sequence counts NaN
     # The devices.
-    cpu_devices: int = option(4, "virtual devices in all, where there is only a CPU")
-    processes: int = option(1, "processes that share the devices, on this machine")
-    kill: int = option(18, "with several: step at which the last process is killed")
-    coordinator: str = option("", "address of process 0; set for each of several")
-    process_id: int = option(0, "which of several processes this is")
+    cpu_devices: int = 4  # virtual devices in all, where there is only a CPU
+    processes: int = 1  # processes that share the devices, on this machine
+    kill: int = 18  # with several: step at which the last process is killed
+    coordinator: str = ""  # address of process 0; set for each of several
+    process_id: int = 0  # which of several processes this is
     # The training.
-    steps: int = option(40, "optimizer steps of a run")
-    batch: int = option(16, "sequences a batch, a multiple of the number of devices")
-    rate: float = option(3e-3, "learning rate")
-    save: int = option(10, "steps between two checkpoints")
-    every: int = option(5, "steps between two updates of the log")
+    steps: int = 40  # optimizer steps of a run
+    batch: int = 16  # sequences a batch, a multiple of the number of devices
+    rate: float = 3e-3  # learning rate
+    save: int = 10  # steps between two checkpoints
+    every: int = 5  # steps between two updates of the log
     # The model.
-    context: int = option(64, "characters a sequence")
-    depth: int = option(2, "Transformer blocks")
-    heads: int = option(4, "attention heads, a divisor of the width")
-    width: int = option(128, "width, a multiple of the number of devices")
+    context: int = 64  # characters a sequence
+    depth: int = 2  # Transformer blocks
+    heads: int = 4  # attention heads, a divisor of the width
+    width: int = 128  # width, a multiple of the number of devices
     # Output.
-    out: str = option("runs/fsdp", "folder for checkpoints, logs, reports and picture")
+    out: str = "runs/fsdp"  # folder for checkpoints, logs, reports and picture
 
 
 def read_config() -> Config:
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Options of the command line for all fields; the comments above are their help."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        text = field.metadata["help"]
+        text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         parser.add_argument(flag, type=field.type, default=field.default, help=text)
-    config = Config(**vars(parser.parse_args()))
-    if unknown := set(config.clip.split(",")) - set(CLIPS):
-        parser.error(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
-    return config
+    return Config(**vars(parser.parse_args()))
 
 
 ORANGE, BLUE, GREEN = "#E69F00", "#0072B2", "#009E73"  # told apart by everybody
 
 # A line a run: from the configuration to the clip.
 CLIPS = {
-    "default": lambda c: optaxclip.clip_by_percentile(),
+    "percentile": lambda c: optaxclip.clip_by_percentile(),
     "global": lambda c: optaxclip.clip_by_global_norm(c.max_norm),
     "leaf": lambda c: optaxclip.clip_by_leaf_norm(c.max_leaf_norm),
 }
+
+
+def label(config: Config, name: str) -> str:
+    """The name of a run, with the one threshold that somebody had to choose."""
+    return f"global {config.max_norm:g}" if name == "global" else name
 
 
 class Run(NamedTuple):
@@ -286,6 +284,8 @@ def train(config: Config, run: Run, path: Path, devices: Any) -> None:
         if first:
             nnx.update((model, optimizer), restore(checkpoints, state))
             log.update(optimizer)  # takes back what the log has of later steps
+            if jax.process_index() == 0:
+                print(f"{path.stem} goes on from step {first}", flush=True)
         bar = tqdm(
             broken(config, batches(config, run.seed, first)),
             desc=f"{path.stem}, {len(devices)} devices",
@@ -413,18 +413,18 @@ def last_params(config: Config, run: Run, path: Path) -> np.ndarray:
 
 
 HEADER = """\
-                             state on    final                   largest difference
-dtype    clip   seed devices a device     loss clipped skipped  of a norm  of weights"""
+                              state on   final                  largest difference
+dtype     clip       seed devs a device    loss clipped skipped of a norm of weights"""
 
 
-def line(c: Comparison) -> str:
+def line(config: Config, c: Comparison) -> str:
     facts = c.sharded.metadata["hyperparameters"]
     share = facts["bytes"] / c.alone.metadata["hyperparameters"]["bytes"]
+    clip, loss = label(config, c.run.clip), np.nanmean(c.sharded.loss[-5:])
     return (
-        f"{c.run.dtype:<9}{c.run.clip:<7}{c.run.seed:>4}{facts['devices']:>8}"
-        f"{share:>9.1%}{np.nanmean(c.sharded.loss[-5:]):>9.4f}"
-        f"{c.sharded.clipped.sum():>8}{c.sharded.skipped.sum():>8}"
-        f"{c.norms.max():>11.1e}{c.params:>12.1e}"
+        f"{c.run.dtype:<10}{clip:<11}{c.run.seed:>4}{facts['devices']:>5}{share:>9.1%}"
+        f"{loss:>8.4f}{c.sharded.clipped.sum():>8}{c.sharded.skipped.sum():>8}"
+        f"{c.norms.max():>10.1e}{c.params:>11.1e}"
     )
 
 
@@ -453,7 +453,7 @@ def draw_norms(config: Config, axes: Any, c: Comparison) -> None:
     axes.plot(steps, c.alone.norm, color="black", lw=1, label="one device")
     limited = np.where(np.isfinite(c.alone.threshold), c.alone.threshold, np.nan)
     axes.plot(steps, limited, color=BLUE, lw=1.5, ls="--", label="threshold")
-    axes.set(yscale="log", title=f"{c.run.clip}, {c.run.dtype}")
+    axes.set(yscale="log", title=f"{label(config, c.run.clip)}, {c.run.dtype}")
     axes.set(ylabel="norm that is clipped")
     marks = [(config.nan, "NaN, skipped")]
     if config.processes > 1:
@@ -494,6 +494,8 @@ def train_all(config: Config, where: str, devices: Any) -> None:
 
 def main() -> None:
     config = read_config()
+    if unknown := set(config.clip.split(",")) - set(CLIPS):
+        raise SystemExit(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", config.cpu_devices // config.processes)
     if config.coordinator:
@@ -518,7 +520,7 @@ def main() -> None:
         compared.append(compare(config, run, path, log_of(config, run, "alone")))
         report(read(path), path.with_suffix(".html"), title=f"fsdp, {path.stem}")
     picture(config, compared, Path(config.out, "fsdp.png"))
-    print(HEADER, *map(line, compared), sep="\n")
+    print(HEADER, *(line(config, c) for c in compared), sep="\n")
     print(
         f"In {config.out}/ are fsdp.png and, of each run, checkpoints, log and report."
     )

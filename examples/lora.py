@@ -21,6 +21,8 @@ A name ends in the axes of its array: B batch, T time, T1 time and one more.
 import argparse
 import dataclasses
 import functools
+import inspect
+import re
 import statistics
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -31,18 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from train import (
-    COLORS,
-    Transformer,
-    batches,
-    cross_entropy,
-    load_text,
-    option,
-    train_step,
-)
+from train import Transformer, batches, cross_entropy, load_text, train_step
 
 import optaxclip
 from optaxclip.audit import ClipLog, LogData, read, report
@@ -51,53 +46,52 @@ from optaxclip.audit import ClipLog, LogData, read, report
 @dataclasses.dataclass(frozen=True)
 class Config:
     # The comparison.
-    clip: str = option("none,constant,default", "runs to make, from CLIPS")
-    seeds: int = option(1, "fine-tune with each clip this many times")
-    max_norm: float = option(1.0, "constant: largest norm of the adapters' gradient")
-    outliers: float = option(0.01, "share of the batches with an outlier")
-    outlier: float = option(1000.0, "what a sequence counts that is one")
+    clip: str = "none,global,percentile"  # runs to make, from CLIPS
+    seeds: int = 1  # fine-tune with each clip this many times
+    max_norm: float = 1.0  # global: largest norm of the adapters' gradient
+    outliers: float = 0.01  # share of the batches with an outlier
+    outlier: float = 1000.0  # what a sequence counts that is one
     # The fine-tuning.
-    rank: int = option(8, "rank of an adapter")
-    steps: int = option(300, "steps of a fine-tuning")
-    rate: float = option(3e-3, "its learning rate, constant")
-    batch: int = option(16, "sequences a batch, a multiple of the number of devices")
-    every: int = option(20, "steps between two validations, and two updates of the log")
+    rank: int = 8  # rank of an adapter
+    steps: int = 300  # steps of a fine-tuning
+    rate: float = 3e-3  # its learning rate, constant
+    batch: int = 16  # sequences a batch, a multiple of the number of devices
+    every: int = 20  # steps between two validations, and two updates of the log
     # The base.
-    base_steps: int = option(400, "steps of the pre-training")
-    base_rate: float = option(3e-3, "its learning rate, with a cosine decay")
-    context: int = option(64, "characters a sequence")
-    depth: int = option(3, "Transformer blocks")
-    heads: int = option(4, "attention heads, a divisor of the width")
-    width: int = option(128, "width of the residual stream")
-    dtype: str = option("float32", "dtype of the computation; parameters stay float32")
+    base_steps: int = 400  # steps of the pre-training
+    base_rate: float = 3e-3  # its learning rate, with a cosine decay
+    context: int = 64  # characters a sequence
+    depth: int = 3  # Transformer blocks
+    heads: int = 4  # attention heads, a divisor of the width
+    width: int = 96  # width of the residual stream
+    dtype: str = "float32"  # dtype of the computation; parameters stay float32
     # The output.
-    out: str = option("runs/lora", "folder for logs, reports and picture")
+    out: str = "runs/lora"  # folder for logs, reports and picture
 
 
 def read_config() -> Config:
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Options of the command line for all fields; the comments above are their help."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        text = field.metadata["help"]
+        text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         parser.add_argument(flag, type=field.type, default=field.default, help=text)
-    config = Config(**vars(parser.parse_args()))
-    if unknown := set(config.clip.split(",")) - set(CLIPS):
-        parser.error(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
-    if config.batch % jax.device_count():
-        parser.error(f"--batch must be a multiple of {jax.device_count()} (devices)")
-    return config
+    return Config(**vars(parser.parse_args()))
 
 
 # A line a run: from the configuration to the clip.
 CLIPS = {
     # An infinite threshold clips nothing, and measures all the same.
     "none": lambda c: optaxclip.clip_by_global_norm(jnp.inf),
-    "constant": lambda c: optaxclip.clip_by_global_norm(c.max_norm),
-    "default": lambda c: optaxclip.clip_by_percentile(),
+    "global": lambda c: optaxclip.clip_by_global_norm(c.max_norm),
+    "percentile": lambda c: optaxclip.clip_by_percentile(),
 }
+
+
+def label(config: Config, name: str) -> str:
+    """The name of a run, with the one threshold that somebody had to choose."""
+    return f"global {config.max_norm:g}" if name == "global" else name
 
 
 # --- data -----------------------------------------------------------------------------
@@ -141,15 +135,7 @@ def outlier_steps(config: Config, seed: int) -> list[int]:
 
 
 def new_base(config: Config) -> Transformer:
-    return Transformer(
-        vocabulary=128,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        context=config.context,
-        dtype=jnp.dtype(config.dtype),
-        rngs=nnx.Rngs(0),
-    )
+    return Transformer(config, nnx.Rngs(0))
 
 
 def add_lora(model: Transformer, rank: int, rngs: nnx.Rngs) -> None:
@@ -192,7 +178,7 @@ def pretrain(config: Config, sharding: NamedSharding) -> Transformer:
     tx = optax.chain(optaxclip.clip_by_percentile(), optax.adamw(rate))
     tx = optaxclip.skip_nonfinite(tx)
     optimizer = nnx.Optimizer(base, tx, wrt=nnx.Param)
-    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    whole = NamedSharding(sharding.mesh, P())
     state = jax.device_put(nnx.state((base, optimizer)), whole)
     nnx.update((base, optimizer), state)
     text, _ = load_text()
@@ -270,13 +256,13 @@ class Result:
 
 
 def table(results: dict[str, Result]) -> str:
-    lines = ["clip       loss before     after         clipped  largest norm"]
+    lines = ["clip        loss before     after         clipped  largest norm"]
     for clip, result in results.items():
         first, last = result.losses[:, 0], result.losses[:, -1]
         clipped = np.mean([log.clipped.mean() for log in result.logs])
         norm = max(np.nanmax(log.norm) for log in result.logs)
         lines.append(
-            f"{clip:<11}{first.mean():>11.3f}{spread(last):>18}"
+            f"{clip:<12}{first.mean():>11.3f}{spread(last):>18}"
             f"{clipped:>9.1%}{norm:>14.1f}"
         )
     return "\n".join(lines)
@@ -285,6 +271,10 @@ def table(results: dict[str, Result]) -> str:
 def spread(values: np.ndarray) -> str:
     deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{deviation}"
+
+
+# Told apart by color-blind readers, too.
+COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 
 def picture(config: Config, results: dict[str, Result], path: Path) -> None:
@@ -328,11 +318,12 @@ def draw_norms(axes: Any, clip: str, log: LogData, color: str) -> None:
 
 def main() -> None:
     config = read_config()
+    if unknown := set(config.clip.split(",")) - set(CLIPS):
+        raise SystemExit(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     # The model is on every device there is, and a batch is shared out among them.
-    mesh = jax.make_mesh((jax.device_count(),), ("batch",), (AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    sharding = NamedSharding(Mesh(jax.devices(), "batch"), P("batch"))
     base = pretrain(config, sharding)
     results = {}
     for clip in config.clip.split(","):
@@ -342,7 +333,7 @@ def main() -> None:
             losses.append(fine_tune(config, base, clip, seed, path, sharding))
             logs.append(read(path))
             report(logs[-1], path.with_suffix(".html"), title=f"lora, {path.stem}")
-        results[clip] = Result(np.array(losses), logs)
+        results[label(config, clip)] = Result(np.array(losses), logs)
     picture(config, results, folder / "lora.png")
     adapters = next(iter(results.values())).logs[0].metadata["parameter_count"]
     whole = sum(x.size for x in jax.tree.leaves(nnx.state(base, nnx.Param)))

@@ -8,7 +8,13 @@
 The environment (Gymnasium's functional CartPole), the actor-critic (Flax NNX) and PPO
 are pure functions under `scan`; `vmap` runs the seeds. The clip that implementations of
 PPO customarily have, `clip_by_global_norm(0.5)`, meets `clip_by_percentile()`, whose
-threshold nobody has to choose, and no clip at all. Every clip meets the same seeds.
+threshold nobody has to choose, and no clip at all. Every clip meets the same seeds. On
+this easy task no clip at all does best, and 0.5, below nearly every norm, worst:
+
+clip        mean return      of the last tenth   clipped  norm: median  largest
+none          292.5 ± 51.4          376.4 ± 101.7      0.0%         32.81     74.3
+global 0.5    224.8 ± 20.2           246.9 ± 28.9     98.3%         32.43     74.4
+percentile    258.9 ± 24.8           315.0 ± 67.0     70.7%         32.63     76.4
 
 A name ends in the axes of its array: T time, E environments, B batch, O observation,
 A actions, U iterations, K epochs, M minibatches, G gradients (all of a run), S seeds.
@@ -17,9 +23,10 @@ A actions, U iterations, K epochs, M minibatches, G gradients (all of a run), S 
 import argparse
 import csv
 import dataclasses
+import inspect
 import math
-import time
-from collections.abc import Callable
+import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +36,7 @@ import numpy as np
 import optax
 from flax import nnx
 from gymnasium.envs.phys2d.cartpole import CartPoleFunctional, CartPoleParams
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -37,26 +44,27 @@ import optaxclip
 from optaxclip.audit import ClipLog, LogData, read, report
 
 
-def option(default: Any, comment: str) -> Any:
-    """A field whose comment is also its line of `--help`."""
-    return dataclasses.field(default=default, metadata={"help": comment})
-
-
 @dataclasses.dataclass(frozen=True)
-class PPO:
-    """What PPO itself needs; the defaults are PureJaxRL's, with fewer steps."""
-
-    total_steps: int = option(100_000, "steps of the environments, all together")
-    envs: int = option(4, "environments that run side by side")
-    rollout: int = option(128, "steps of each environment in an iteration")
-    epochs: int = option(4, "passes over a rollout")
-    minibatches: int = option(4, "minibatches of a pass, a divisor of envs * rollout")
-    gamma: float = option(0.99, "discount of the return")
-    lam: float = option(0.95, "lambda of the generalized advantage estimate")
-    clip_ratio: float = option(0.2, "how far a ratio of probabilities may leave 1")
-    value_weight: float = option(0.5, "weight of the loss of the value")
-    entropy_weight: float = option(0.01, "weight of the entropy")
-    width: int = option(64, "width of the two hidden layers")
+class Config:
+    # The comparison.
+    clip: str = "none,global,percentile"  # runs to make, from CLIPS
+    seeds: int = 16  # seeds that run side by side
+    rate: float = 2.5e-4  # learning rate at the start; it falls linearly to 0
+    max_norm: float = 0.5  # global: largest norm of the gradient
+    # PPO; the defaults are PureJaxRL's, with fewer steps.
+    total_steps: int = 100_000  # steps of the environments, all together
+    envs: int = 4  # environments that run side by side
+    rollout: int = 128  # steps of each environment in an iteration
+    epochs: int = 4  # passes over a rollout
+    minibatches: int = 4  # minibatches of a pass, a divisor of envs * rollout
+    gamma: float = 0.99  # discount of the return
+    lam: float = 0.95  # lambda of the generalized advantage estimate
+    clip_ratio: float = 0.2  # how far a ratio of probabilities may leave 1
+    value_weight: float = 0.5  # weight of the loss of the value
+    entropy_weight: float = 0.01  # weight of the entropy
+    width: int = 64  # width of the two hidden layers
+    # The output.
+    out: str = "runs/ppo"  # folder for picture, returns, logs and reports
 
     @property
     def iterations(self) -> int:
@@ -67,34 +75,15 @@ class PPO:
         return self.iterations * self.epochs * self.minibatches
 
 
-@dataclasses.dataclass(frozen=True)
-class Config(PPO):
-    """And what the comparison needs besides."""
-
-    clip: str = option("none,global,percentile", "runs to make, from CLIPS")
-    seeds: int = option(16, "seeds that run side by side")
-    rate: float = option(2.5e-4, "learning rate at the start; it falls linearly to 0")
-    max_norm: float = option(0.5, "global: largest norm of the gradient")
-    out: str = option("runs/ppo", "folder for picture, returns, logs and reports")
-
-
 def read_config() -> Config:
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Options of the command line for all fields; the comments above are their help."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        text = field.metadata["help"]
+        text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         parser.add_argument(flag, type=field.type, default=field.default, help=text)
-    config = Config(**vars(parser.parse_args()))
-    if unknown := set(config.clip.split(",")) - set(CLIPS):
-        parser.error(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
-    if config.envs * config.rollout % config.minibatches:
-        parser.error("--minibatches must be a divisor of envs * rollout")
-    if not config.iterations:
-        parser.error("--total-steps must be at least envs * rollout")
-    return config
+    return Config(**vars(parser.parse_args()))
 
 
 # --- clips ----------------------------------------------------------------------------
@@ -113,6 +102,11 @@ CLIPS = {
     "global": lambda c: adam(c, optaxclip.clip_by_global_norm(c.max_norm)),
     "percentile": lambda c: adam(c, optaxclip.clip_by_percentile()),
 }
+
+
+def label(config: Config, name: str) -> str:
+    """The name of a run, with the one threshold that somebody had to choose."""
+    return f"global {config.max_norm:g}" if name == "global" else name
 
 
 # --- environment ----------------------------------------------------------------------
@@ -196,7 +190,7 @@ def log_probs_of(logits_BA: jax.Array, action_B: jax.Array) -> jax.Array:
 
 
 def collect(
-    config: PPO, model: ActorCritic, env_E: EnvState, key: jax.Array
+    config: Config, model: ActorCritic, env_E: EnvState, key: jax.Array
 ) -> tuple[EnvState, Step]:
     def step(env_E: EnvState, key: jax.Array) -> tuple[EnvState, Step]:
         act_key, env_key = jax.random.split(key)
@@ -213,7 +207,7 @@ def collect(
     return jax.lax.scan(step, env_E, jax.random.split(key, config.rollout))
 
 
-def advantages(config: PPO, steps_TE: Step, last_value_E: jax.Array) -> jax.Array:
+def advantages(config: Config, steps_TE: Step, last_value_E: jax.Array) -> jax.Array:
     """The generalized advantage estimate, from the last step to the first."""
 
     def back(carry: Any, step_E: Step) -> Any:
@@ -232,7 +226,7 @@ def advantages(config: PPO, steps_TE: Step, last_value_E: jax.Array) -> jax.Arra
 
 
 def ppo_loss(
-    config: PPO, model: ActorCritic, steps_B: Step, advantage_B: jax.Array
+    config: Config, model: ActorCritic, steps_B: Step, advantage_B: jax.Array
 ) -> jax.Array:
     logits_BA, value_B = model(steps_B.obs)
     low, high = 1 - config.clip_ratio, 1 + config.clip_ratio
@@ -257,7 +251,7 @@ def ppo_loss(
 
 
 def run(
-    config: PPO, optimizer: optax.GradientTransformation, key: jax.Array
+    config: Config, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The returns, the norms of the gradients, and the optimizer's last state."""
     model_key, env_key, key = jax.random.split(key, 3)
@@ -314,21 +308,6 @@ def run(
     return return_U, norm_UKM.reshape(-1), carry[1]
 
 
-def make_train(
-    config: PPO, optimizer: optax.GradientTransformation
-) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """From a key to the return of every iteration and the norm of every gradient.
-
-    Pure: for `jax.jit`, and for `jax.vmap` over keys.
-    """
-
-    def train(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return_U, norm_G, _ = run(config, optimizer, key)
-        return return_U, norm_G
-
-    return train
-
-
 # --- results --------------------------------------------------------------------------
 
 
@@ -340,7 +319,6 @@ class Runs:
     norm_SG: np.ndarray
     clipped_S: np.ndarray  # shares of the updates
     log: LogData  # of the first seed
-    rate: float  # updates a second, of all seeds together
 
 
 def train_seeds(config: Config, name: str, folder: Path) -> Runs:
@@ -348,21 +326,11 @@ def train_seeds(config: Config, name: str, folder: Path) -> Runs:
     tx = optaxclip.record_history(CLIPS[name](config), config.updates, leaf_norms=True)
     # As many devices as can share the seeds out evenly.
     devices = math.gcd(config.seeds, jax.device_count())
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((devices,), ("seed",), auto, devices=jax.devices()[:devices])
+    mesh = Mesh(jax.devices()[:devices], "seed")
     key_S = jax.random.split(jax.random.key(0), config.seeds)
     key_S = jax.device_put(key_S, NamedSharding(mesh, PartitionSpec("seed")))
-
-    # One seed after another. On a CPU every operation is too small to be worth sharing
-    # among threads.
-    program = jax.jit(
-        lambda key_S: jax.lax.map(lambda key: run(config, tx, key), key_S),
-        compiler_options={"xla_cpu_multi_thread_eigen": False},
-    )
-    program = program.lower(key_S).compile()
-    start = time.perf_counter()
+    program = jax.jit(jax.vmap(lambda key: run(config, tx, key)))
     return_SU, norm_SG, state_S = jax.device_get(program(key_S))
-    rate = norm_SG.size / (time.perf_counter() - start)
 
     path = folder / f"{name}-seed0.jsonl"
     path.unlink(missing_ok=True)  # a log that exists would be gone on with
@@ -372,12 +340,11 @@ def train_seeds(config: Config, name: str, folder: Path) -> Runs:
     log = read(path)
     report(log, path.with_suffix(".html"), title=f"ppo, {name}, first seed")
     clipped_S = np.asarray(optaxclip.metrics(state_S)["clip_fraction"])
-    return Runs(return_SU, norm_SG, clipped_S, log, rate)
+    return Runs(return_SU, norm_SG, clipped_S, log)
 
 
 HEADER = (
-    "clip        mean return      of the last tenth   clipped"
-    "  norm: median  largest  updates/s"
+    "clip        mean return      of the last tenth   clipped  norm: median  largest"
 )
 
 
@@ -390,7 +357,7 @@ def table(runs: dict[str, Runs]) -> str:
             f"{name:<11}{spread(run.return_SU.mean(1)):>15}"
             f"{spread(run.return_SU[:, -last:].mean(1)):>23}"
             f"{run.clipped_S.mean():>10.1%}{np.median(run.norm_SG):>14.2f}"
-            f"{run.norm_SG.max():>9.1f}{run.rate:>11.0f}"
+            f"{run.norm_SG.max():>9.1f}"
         )
     return "\n".join(lines)
 
@@ -411,7 +378,7 @@ def save(config: Config, runs: dict[str, Runs], path: Path) -> None:
 
 
 # Told apart by color-blind readers, too.
-COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 
 def picture(config: Config, runs: dict[str, Runs], path: Path) -> None:
@@ -443,14 +410,22 @@ def picture(config: Config, runs: dict[str, Runs], path: Path) -> None:
 
 
 def main() -> None:
+    # One thread where there is only a CPU: the operations are too small to share out.
+    os.environ.setdefault("NPROC", "1")
     config = read_config()
+    if unknown := set(config.clip.split(",")) - set(CLIPS):
+        raise SystemExit(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
+    if config.envs * config.rollout % config.minibatches:
+        raise SystemExit("--minibatches must be a divisor of envs * rollout")
+    if not config.iterations:
+        raise SystemExit("--total-steps must be at least envs * rollout")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(config.clip.split(","), unit="clip")
     runs: dict[str, Runs] = {}
     for name in bar:
         bar.set_description(f"{name}, {config.seeds} seeds")
-        runs[name] = train_seeds(config, name, folder)
+        runs[label(config, name)] = train_seeds(config, name, folder)
     save(config, runs, folder / "returns.csv")
     picture(config, runs, folder / "ppo.png")
     print(table(runs))

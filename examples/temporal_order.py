@@ -24,7 +24,9 @@ units, K classes, C checks.
 import argparse
 import csv
 import dataclasses
+import inspect
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,50 +45,33 @@ import optaxclip
 from optaxclip.audit import ClipLog, read, report
 
 
-def option(default: Any, comment: str) -> Any:
-    """A field whose comment is also its line of `--help`."""
-    return dataclasses.field(default=default, metadata={"help": comment})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     # The comparison.
-    clip: str = option("none,constant,percentile", "runs to make, from CLIPS")
-    lengths: str = option(
-        "10,20,30", "symbols a sequence; every clip meets each length"
-    )
-    seeds: int = option(8, "networks a run, trained at the same time")
-    max_norm: float = option(1.0, "constant: largest norm of the gradient")
+    clip: str = "none,global,percentile"  # runs to make, from CLIPS
+    lengths: str = "10,20,30"  # symbols a sequence; every clip meets each length
+    seeds: int = 8  # networks a run, trained at the same time
+    max_norm: float = 1.0  # global: largest norm of the gradient
     # The training.
-    updates: int = option(4000, "give up on a network after so many")
-    every: int = option(50, "updates between two checks whether a network solves it")
-    batch: int = option(20, "sequences a batch")
-    rate: float = option(0.1, "learning rate of plain SGD")
-    units: int = option(50, "hidden units")
+    updates: int = 4000  # give up on a network after so many
+    every: int = 50  # updates between two checks whether a network solves it
+    batch: int = 20  # sequences a batch
+    rate: float = 0.1  # learning rate of plain SGD
+    units: int = 50  # hidden units
     # A network solves the task once it gets 99 % of so many sequences right.
-    check: int = option(1000, "fresh sequences a check")
-    out: str = option(
-        "runs/temporal_order", "folder for metrics, logs, reports, picture"
-    )
+    check: int = 1000  # fresh sequences a check
+    out: str = "runs/temporal_order"  # folder for metrics, logs, reports, picture
 
 
 def read_config() -> Config:
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Options of the command line for all fields; the comments above are their help."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        text = field.metadata["help"]
+        text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         parser.add_argument(flag, type=field.type, default=field.default, help=text)
-    config = Config(**vars(parser.parse_args()))
-    if unknown := set(config.clip.split(",")) - set(CLIPS):
-        parser.error(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
-    if min(lengths(config)) < 10:
-        parser.error(f"--lengths must be at least 10 symbols, got {config.lengths}")
-    if config.updates % config.every:
-        parser.error(f"--updates must be a multiple of --every, {config.every}")
-    return config
+    return Config(**vars(parser.parse_args()))
 
 
 def lengths(config: Config) -> list[int]:
@@ -105,12 +90,17 @@ CLIPS = {
     # An infinite threshold clips nothing, and measures all the same.
     "none": lambda c: sgd(c, optaxclip.clip_by_global_norm(jnp.inf)),
     # What the authors did, by hand.
-    "constant": lambda c: sgd(c, optaxclip.clip_by_global_norm(c.max_norm)),
+    "global": lambda c: sgd(c, optaxclip.clip_by_global_norm(c.max_norm)),
     # What nobody has to tune.
-    "percentile": lambda c: optaxclip.skip_nonfinite(
-        sgd(c, optaxclip.clip_by_percentile())
-    ),
+    "percentile": lambda c: sgd(c, optaxclip.clip_by_percentile()),
+    # As percentile, and a step that is not finite changes nothing at all.
+    "skip": lambda c: optaxclip.skip_nonfinite(sgd(c, optaxclip.clip_by_percentile())),
 }
+
+
+def label(config: Config, name: str) -> str:
+    """The name of a run, with the one threshold that somebody had to choose."""
+    return f"global {config.max_norm:g}" if name == "global" else name
 
 
 # --- data -----------------------------------------------------------------------------
@@ -301,7 +291,8 @@ def descend(clip: optax.GradientTransformation) -> dict[str, np.ndarray]:
 
 Runs = dict[tuple[str, int], dict[str, np.ndarray]]
 Paths = dict[str, dict[str, np.ndarray]]
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Told apart by color-blind readers, too.
+COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 MARKS = {"ms": 5, "lw": 1.5}
 
 
@@ -360,7 +351,7 @@ def cliff_table(paths: dict[str, dict[str, np.ndarray]]) -> str:
 def picture(config: Config, runs: Runs, paths: Paths, path: Path) -> None:
     figure = Figure(figsize=(12, 10), layout="constrained")
     (rates, updates), (surface, errors) = figure.subplots(2, 2)
-    names = config.clip.split(",")
+    names = [label(config, name) for name in config.clip.split(",")]
     for i, (name, color) in enumerate(zip(names, COLORS, strict=False)):
         beside = 0.22 * (i - (len(names) - 1) / 2)  # not on top of each other
         found = {
@@ -429,13 +420,19 @@ def draw_errors(axes: Any, paths: Paths) -> None:
 
 def main() -> None:
     config = read_config()
+    if unknown := set(config.clip.split(",")) - set(CLIPS):
+        raise SystemExit(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
+    if min(lengths(config)) < 10:
+        raise SystemExit(f"--lengths must be at least 10, got {config.lengths}")
+    if config.updates % config.every:
+        raise SystemExit(f"--updates must be a multiple of --every, {config.every}")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     runs: Runs = {}
     for length in lengths(config):
         for name in config.clip.split(","):
             path = folder / f"{name}-length{length}.jsonl"
-            runs[name, length] = train(config, name, length, path)
+            runs[label(config, name), length] = train(config, name, length, path)
             title = f"temporal_order, {name}, length {length}"
             report(read(path), path.with_suffix(".html"), title=title)
     paths = {

@@ -1,14 +1,14 @@
 """Train a character-level Transformer with a clip that chooses its own threshold.
 
     pip install "optaxclip[examples]"
-    python train_linen.py                 # two minutes on a CPU
-    python train_linen.py                 # killed? The same command goes on
+    python train_linen.py                    # a minute or two on a CPU
+    python train_linen.py                    # killed? The same command goes on
+    python train_linen.py --text notes.txt   # your own text
     tensorboard --logdir runs/train_linen
 
-The twin of `train.py` for Flax Linen, and a file to fork as well: a `TrainState`, an
-optimizer that clips and skips, metrics to TensorBoard, a log of every step and its
-report, checkpoints, a sample of text. The data are in `load_text`, the model in
-`Transformer`, the clip in `new_optimizer`.
+The twin of `train.py` in Flax Linen, with a `TrainState`: an optimizer that clips and
+skips, TensorBoard metrics, a log of every step and its report, checkpoints, a sample of
+what the model writes. `train_step` says how the loss reaches the log.
 
 A name ends in the axes of its array: B batch, T time, T1 time and one more, D width,
 H heads, K width of a head, V vocabulary.
@@ -17,11 +17,13 @@ H heads, K width of a head, V vocabulary.
 import argparse
 import dataclasses
 import functools
+import inspect
 import itertools
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,8 @@ import optax
 import orbax.checkpoint as ocp
 from flax import linen as nn
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -38,70 +41,47 @@ from tqdm import tqdm
 import optaxclip
 from optaxclip.audit import ClipLog, LogData, read, report
 
-COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # for colorblind people, too
-
-
-def option(default: Any, comment: str) -> Any:
-    """A field whose comment is also its line of `--help`."""
-    return dataclasses.field(default=default, metadata={"help": comment})
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # The training.
-    steps: int = option(1500, "optimizer steps")
-    batch: int = option(16, "sequences a batch, a multiple of the number of devices")
-    peak_rate: float = option(3e-3, "learning rate after the warm-up")
-    warmup: int = option(50, "steps of linear warm-up; a cosine decay follows")
-    seeds: int = option(1, "train this many models, one after the other")
-    # The model and the text.
-    context: int = option(96, "characters a sequence")
-    depth: int = option(3, "Transformer blocks")
-    heads: int = option(4, "attention heads, a divisor of the width")
-    width: int = option(96, "width of the residual stream")
-    dtype: str = option("float32", "dtype of the computation; parameters stay float32")
-    megabytes: float = option(8.0, "read at most this much text")
-    # The output.
-    every: int = option(100, "steps between two checkpoints, and two reads of metrics")
-    sample: int = option(400, "characters to write at the end")
-    out: str = option("runs/train_linen", "folder; in another all begins anew")
+    text: str = ""  # file to learn from; Python's standard library if empty
+    steps: int = 1000  # optimizer steps
+    batch: int = 16  # sequences in a batch, a multiple of the number of devices
+    peak_rate: float = 3e-3  # learning rate after the warm-up
+    warmup: int = 50  # steps of linear warm-up, below --steps; then a cosine decay
+    seeds: int = 1  # number of models to train, one after the other
+    context: int = 64  # characters in a sequence
+    depth: int = 3  # Transformer blocks
+    heads: int = 4  # attention heads, a divisor of the width
+    width: int = 96  # width of the residual stream
+    dtype: str = "float32"  # of the computation; parameters stay float32
+    every: int = 100  # steps between two checkpoints, and two reads of metrics
+    sample: int = 400  # characters to write at the end
+    out: str = "runs/train_linen"  # folder; in a new one the training begins anew
 
 
 def read_config() -> Config:
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Options of the command line for all fields; the comments above are their help."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        text = field.metadata["help"]
+        text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         parser.add_argument(flag, type=field.type, default=field.default, help=text)
-    config = Config(**vars(parser.parse_args()))
-    if config.batch % jax.device_count():
-        parser.error(f"--batch must be a multiple of {jax.device_count()} (devices)")
-    return config
+    return Config(**vars(parser.parse_args()))
 
 
 # --- data -----------------------------------------------------------------------------
 
 
-def load_text(megabytes: float = 8.0) -> tuple[np.ndarray, np.ndarray]:
-    """The standard library as ASCII codes; every tenth file is kept for validation."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    # Not the library itself, or tables of data.
-    skip = {"site-packages", "dist-packages", "test", "tests", "encodings"}
-    skip |= {"pydoc_data", "__pycache__"}
-    paths = sorted(root.rglob("*.py"))
-    paths = [p for p in paths if not skip & set(p.relative_to(root).parts)]
-    if len(paths) < 10:
-        raise SystemExit(f"There is next to no Python source in {root} to train on.")
-    texts, room = [], int(megabytes * 1e6)
-    for path in paths:
-        texts.append(np.frombuffer(path.read_bytes()[:room], np.uint8))
-        room -= len(texts[-1])
-    train = np.concatenate([text for i, text in enumerate(texts) if i % 10])
-    validation = np.concatenate(texts[::10])
-    return np.minimum(train, 127), np.minimum(validation, 127)  # 127: not ASCII
+def load_text(path: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """The codes of ASCII characters; the last tenth is for validation."""
+    library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    files = [Path(path)] if path else library
+    codes = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
+    codes = np.minimum(codes, 127)  # 127: not ASCII
+    cut = len(codes) * 9 // 10
+    return codes[:cut], codes[cut:]
 
 
 def batches(
@@ -119,19 +99,16 @@ def batches(
 
 
 class Block(nn.Module):
-    heads: int
-    dtype: Any
+    config: Config
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        width = x_BTD.shape[-1]
-        linear = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
-        norm = functools.partial(nn.RMSNorm, dtype=self.dtype)
+        width, dtype = self.config.width, self.config.dtype
+        linear = functools.partial(nn.Dense, use_bias=False, dtype=dtype)
+        norm = functools.partial(nn.RMSNorm, dtype=dtype)
         qkv_BTD3 = linear(3 * width, name="qkv")(norm()(x_BTD))
-        q_BTHK, k_BTHK, v_BTHK = (
-            part_BTD.reshape(*x_BTD.shape[:2], self.heads, -1)
-            for part_BTD in jnp.split(qkv_BTD3, 3, axis=-1)
-        )
+        qkv_BT3HK = qkv_BTD3.reshape(*x_BTD.shape[:2], 3, self.config.heads, -1)
+        q_BTHK, k_BTHK, v_BTHK = jnp.moveaxis(qkv_BT3HK, 2, 0)
         a_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True)
         x_BTD += linear(width, name="out")(a_BTHK.reshape(x_BTD.shape))
         # Squared ReLU: learns as well as GELU, at half the time on a CPU.
@@ -140,22 +117,19 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    vocabulary: int
-    width: int
-    depth: int
-    heads: int
-    context: int
-    dtype: Any = jnp.float32
+    config: Config
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
-        x_BTD = embed(self.vocabulary, name="characters")(tokens_BT)
-        x_BTD += embed(self.context, name="positions")(jnp.arange(tokens_BT.shape[1]))
-        for _ in range(self.depth):
-            x_BTD = Block(self.heads, self.dtype)(x_BTD)
-        x_BTD = nn.RMSNorm(dtype=self.dtype)(x_BTD)
-        head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype, name="head")
+        width, dtype = self.config.width, self.config.dtype
+        embed = functools.partial(nn.Embed, features=width, dtype=dtype)
+        x_BTD = embed(128, name="characters")(tokens_BT)
+        positions_T = jnp.arange(tokens_BT.shape[1])
+        x_BTD += embed(self.config.context, name="positions")(positions_T)
+        for _ in range(self.config.depth):
+            x_BTD = Block(self.config)(x_BTD)
+        x_BTD = nn.RMSNorm(dtype=dtype)(x_BTD)
+        head = nn.Dense(128, use_bias=False, dtype=dtype, name="head")
         return head(x_BTD).astype(jnp.float32)
 
 
@@ -171,23 +145,26 @@ def cross_entropy(apply: Callable, params: Any, tokens_BT1: jax.Array) -> jax.Ar
 # --- training -------------------------------------------------------------------------
 
 
-def new_optimizer(config: Config) -> optax.GradientTransformation:
+def new_state(config: Config, seed: int) -> TrainState:
+    model = Transformer(config)
+    tokens_BT = jnp.zeros((1, config.context), jnp.int32)
+    params = model.init(jax.random.key(seed), tokens_BT)["params"]
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.peak_rate, config.warmup, config.steps, config.peak_rate / 10
     )
     tx = optax.chain(optaxclip.clip_by_percentile(), optax.adamw(rate))
     # A step that is not finite changes nothing at all. The recorder is for the log.
     tx = optaxclip.skip_nonfinite(tx)
-    return optaxclip.record_history(tx, length=config.every, leaf_norms=True)
+    tx = optaxclip.record_history(tx, length=config.every, leaf_norms=True)
+    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def train_step(
     state: TrainState, tokens_BT1: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    loss, grads = jax.value_and_grad(cross_entropy, argnums=1)(
-        state.apply_fn, state.params, tokens_BT1
-    )
+    loss_and_grads = jax.value_and_grad(cross_entropy, argnums=1)
+    loss, grads = loss_and_grads(state.apply_fn, state.params, tokens_BT1)
     # In place of `state.apply_gradients`, which would not pass the loss on.
     tx = optax.with_extra_args_support(state.tx)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
@@ -196,69 +173,38 @@ def train_step(
     return state, {"loss": loss} | optaxclip.metrics(state)
 
 
-@jax.jit
-def validation_loss(state: TrainState, tokens_BT1: jax.Array) -> jax.Array:
-    return cross_entropy(state.apply_fn, state.params, tokens_BT1)
-
-
-def new_state(config: Config, seed: int) -> TrainState:
-    model = Transformer(
-        vocabulary=128,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        context=config.context,
-        dtype=jnp.dtype(config.dtype),
-    )
-    tokens_BT = jnp.zeros((1, config.context), jnp.int32)
-    params = model.init(jax.random.key(seed), tokens_BT)["params"]
-    tx = new_optimizer(config)
-    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-
-
 def train(config: Config, text: np.ndarray, seed: int, folder: Path) -> TrainState:
-    """The trained model; metrics, log and checkpoints are written to the folder."""
-    # The model is on every device there is, and a batch is shared out among them.
-    mesh = jax.make_mesh((jax.device_count(),), ("batch",), (AxisType.Auto,))
-    state = new_state(config, seed)
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    by_sequence = NamedSharding(mesh, PartitionSpec("batch"))
-
+    """The last state; its log, metrics and checkpoints are in the folder."""
+    # Every device has the model, and the devices share each batch.
+    mesh = Mesh(jax.devices(), "batch")
+    state: Any = jax.device_put(new_state(config, seed), NamedSharding(mesh, P()))
     keep = ocp.CheckpointManagerOptions(max_to_keep=2)
     checkpoints = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=keep)
-    done = checkpoints.latest_step() or 0
-    if done:
-        saved = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-        state = cast(TrainState, saved)
+    if done := checkpoints.latest_step() or 0:
+        state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
         print(f"Going on from step {done}, found in {folder}/")
-    log = ClipLog(
-        folder / "clip.jsonl",
-        params=state.params,
-        hyperparameters=dataclasses.asdict(config) | {"seed": seed},
-    )
+    settings = dataclasses.asdict(config) | {"seed": seed}
+    log = ClipLog(folder / "clip.jsonl", params=state.params, hyperparameters=settings)
     log.update(state)  # takes back what came after the checkpoint
     board = SummaryWriter(str(folder), purge_step=done)  # does so, too
+
     stream = batches(text, config.batch, config.context, seed, first=done)
-    bar = tqdm(desc=f"seed {seed}", total=config.steps, initial=done, unit="step")
-    for first in range(done, config.steps, config.every):
-        steps = range(first, min(first + config.every, config.steps))
-        pending = []
-        for _ in steps:
-            tokens_BT1 = jax.device_put(next(stream), by_sequence)
-            state, metrics = train_step(state, tokens_BT1)
-            pending.append(metrics)
-        # The metrics stay on the device until here: fetched at each step, they would
-        # make each step wait for the one before.
-        for step, metrics in zip(steps, jax.device_get(pending), strict=True):
-            for name, value in metrics.items():
-                if np.isfinite(value):  # the threshold of the first steps is not
-                    board.add_scalar(name, value.item(), step)
-        # The log first: what it has beyond a checkpoint it can take back.
-        log.update(state)
-        checkpoints.save(steps.stop, args=ocp.args.StandardSave(state))
-        bar.set_postfix_str(f"loss {pending[-1]['loss']:.3f}", refresh=False)
-        bar.update(len(steps))
-    bar.close()
+    bar = tqdm(range(done, config.steps), f"seed {seed}", config.steps, initial=done)
+    pending = []  # metrics stay on the device: to fetch each at once would stall it
+    for step in bar:
+        tokens_BT1 = jax.device_put(next(stream), NamedSharding(mesh, P("batch")))
+        state, metrics = train_step(state, tokens_BT1)
+        pending.append((step, metrics))
+        if (step + 1) % config.every == 0 or step + 1 == config.steps:
+            for number, row in jax.device_get(pending):
+                for name, value in row.items():
+                    if np.isfinite(value):  # many a clip has no threshold at first
+                        board.add_scalar(name, value.item(), number)
+            pending.clear()
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+            # The log first: what it has beyond a checkpoint it can take back.
+            log.update(state)
+            checkpoints.save(step + 1, args=ocp.args.StandardSave(state))
     board.close()
     checkpoints.close()
     return state
@@ -282,49 +228,40 @@ def written(
 
 
 def picture(logs: list[LogData], path: Path) -> None:
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
-    for seed, (log, color) in enumerate(zip(logs, itertools.cycle(COLORS))):
-        width = min(20, len(log.loss))
-        losses = np.convolve(log.loss, np.ones(width) / width, "valid")
-        label = f"seed {seed}, mean of {width} steps"
-        top.plot(log.step, log.loss, color=color, lw=0.5, alpha=0.4)
-        top.plot(log.step[width - 1 :], losses, color=color, lw=2, label=label)
+    for seed, log in enumerate(logs):
+        top.plot(log.step, log.loss, lw=0.8, label=f"seed {seed}")
     top.set(title="Training loss", ylabel="nats a character")
-    top.legend()
     log = logs[0]
-    bottom.plot(log.step, log.norm, color=COLORS[0], lw=1, label="before the clip")
-    held, norms = log.step[log.clipped], log.norm[log.clipped]
-    bottom.plot(held, norms, "o", color=COLORS[1], ms=4, label="clipped steps")
-    bottom.plot(log.step, log.threshold, color="black", lw=1.5, label="threshold")
+    bottom.plot(log.step, log.norm, lw=0.8, label="before the clip")
+    bottom.plot(log.step, log.threshold, lw=2, color="black", label="threshold")
     title = f"Norm of the gradient, seed 0: {log.clipped.mean():.1%} of steps clipped"
     bottom.set(title=title, xlabel="step", yscale="log")
-    bottom.legend(ncols=3)
+    for axes in (top, bottom):
+        axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     config = read_config()
-    text, validation_text = load_text(config.megabytes)
-    prompt_T = jnp.asarray(validation_text[: config.context])
-    logs, rows = [], []
+    text, valid_text = load_text(config.text)
+    valid_BT1 = jnp.asarray(next(batches(valid_text, 128, config.context, seed=0)))
+    logs, lines = [], ["seed  training loss  validation loss  clipped  skipped"]
     for seed in range(config.seeds):
         folder = Path(config.out, f"seed{seed}")
         state = train(config, text, seed, folder)
-        # The same for every seed.
-        held_out = batches(validation_text, config.batch, config.context, seed=0)
-        losses = [validation_loss(state, jnp.asarray(next(held_out))) for _ in range(8)]
-        log = read(folder / "clip.jsonl")
-        report(log, folder / "report.html", title=f"train_linen.py, seed {seed}")
-        logs.append(log)
-        loss = np.mean(log.loss[-50:]), np.mean(losses)
-        rows.append((seed, *loss, log.clipped.mean(), log.skipped.sum()))
-        codes = written(state, prompt_T, jax.random.key(seed), config.sample)
+        codes = written(state, valid_BT1[0, 1:], jax.random.key(seed), config.sample)
         print(f"\nSeed {seed} writes:\n{''.join(map(chr, codes.tolist()))}\n")
+        valid_loss = cross_entropy(state.apply_fn, state.params, valid_BT1)
+        logs.append(log := read(folder / "clip.jsonl"))
+        report(log, folder / "report.html", title=f"train_linen.py, seed {seed}")
+        lines.append(
+            f"{seed:<4}{log.loss[-50:].mean():>15.3f}{valid_loss:>17.3f}"
+            f"{log.clipped.mean():>9.1%}{log.skipped.sum():>9}"
+        )
     picture(logs, Path(config.out, "train_linen.png"))
-    print("seed  training loss  validation loss  clipped  skipped")
-    for row in rows:
-        print("{:<4}{:>15.3f}{:>17.3f}{:>9.1%}{:>9}".format(*row))
+    print(*lines, sep="\n")
     print(f"In {config.out}/ are a picture and, of each seed, log, report and metrics.")
 
 

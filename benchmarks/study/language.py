@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +35,23 @@ OPTIMIZERS = {
 def text(source: Callable[[], Any]) -> tuple[jax.Array, jax.Array]:
     train, validation = source()
     return jnp.asarray(train, jnp.uint8), jnp.asarray(validation, jnp.uint8)
+
+
+def library() -> tuple[np.ndarray, np.ndarray]:
+    """8 MB of the standard library in ASCII; every tenth file is for validation."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    # Not the library itself, or tables of data.
+    skip = {"site-packages", "dist-packages", "test", "tests", "encodings"}
+    skip |= {"pydoc_data", "__pycache__"}
+    paths = sorted(root.rglob("*.py"))
+    paths = [p for p in paths if not skip & set(p.relative_to(root).parts)]
+    texts, room = [], 8_000_000
+    for path in paths:
+        texts.append(np.frombuffer(path.read_bytes()[:room], np.uint8))
+        room -= len(texts[-1])
+    train = np.concatenate([text for i, text in enumerate(texts) if i % 10])
+    validation = np.concatenate(texts[::10])
+    return np.minimum(train, 127), np.minimum(validation, 127)
 
 
 def windows(text: jax.Array, starts_B: jax.Array) -> jax.Array:
@@ -75,10 +94,8 @@ def mean_loss(text: jax.Array, batches: int = 32) -> Callable[[Any], jax.Array]:
 
 
 def transformer(rngs: nnx.Rngs) -> example.Transformer:
-    sizes = {"width": 32, "depth": 2, "heads": 2}
-    return example.Transformer(
-        vocabulary=VOCABULARY, context=CONTEXT, **sizes, rngs=rngs
-    )
+    config = example.Config(width=32, depth=2, heads=2, context=CONTEXT)
+    return example.Transformer(config, rngs)
 
 
 def language_task(
@@ -89,7 +106,7 @@ def language_task(
     *,
     broken: bool = False,
 ) -> Task:
-    train, validation = text(example.load_text)
+    train, validation = text(library)
     data = batches(train, 0.01, 1000.0) if broken else batches(train)
     return Task(
         name=name,
@@ -134,7 +151,7 @@ def lora_task(steps: int) -> Task:
 
 
 def _pretrained(steps: int) -> tuple[Any, Any]:
-    train, _ = text(example.load_text)
+    train, _ = text(library)
     optimizer = optax.adamw(warmup_cosine(6e-3, steps))
 
     @jax.jit
@@ -163,7 +180,7 @@ class LSTM(nnx.Module):
 
 
 def lstm_task(steps: int) -> Task:
-    train, validation = text(example.load_text)
+    train, validation = text(library)
     return Task(
         name="lstm",
         model="LSTM, characters",

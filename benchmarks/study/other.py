@@ -125,7 +125,7 @@ def digits_cnn_task(steps: int, batch: int = 32) -> Task:
 
 
 def ppo_task(steps: int) -> Task:
-    config = ppo.PPO()
+    config = ppo.Config()
     iterations = max(1, steps // (config.epochs * config.minibatches))
     seen = iterations * config.envs * config.rollout
     config = dataclasses.replace(config, total_steps=seen)
