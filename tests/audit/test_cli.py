@@ -323,8 +323,8 @@ FINDINGS = {
         finding(np.geomspace(1.0, 4.0, 400), 8.0),
         "notice",
         "The norms rise",
-        "The median norm went from 1.07 (steps 0 to 39) to 3.74 (steps 360 to 399), "
-        "the threshold from 8 to 8: 0% of the steps were clipped then, and 0% at the",
+        "The median norm went from 1.07 (steps 0 to 39) to 3.74 (steps 360 to 399). "
+        "The threshold stayed at 8: 0% of the steps were clipped then, and 0% at the",
     ),
     "a rise at the start alone": (
         finding(np.minimum(np.geomspace(1.0, 60.0, 400), 5.0), 6.0),

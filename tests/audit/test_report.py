@@ -411,6 +411,11 @@ def test_the_script_is_given_every_row_of_a_short_log(long_run):
     leaf = data.leaf_names.index(run["leaves"][0])
     finite = np.isfinite(norms)
     np.testing.assert_allclose(norms[finite], data.leaf_norms[finite, leaf], 2e-5)
+    leaders = [run["leaders"][i] for i in columns["leader"]]
+    expected = [stats.largest_leaf(data, i) for i in range(4000)]
+    assert {a for a, b in zip(leaders, expected, strict=True) if a != b and b} == set()
+    assert set(run["bad"]) == {1000, 2000, 2001, 2002, 3600}
+    assert run["bad"][1000] == data.leaf_names[3]
     assert (columns["action"] & 1).sum() == stats.clipped(data).sum()
     assert run["bands"]["skipped"] == [[1000, 1000], [2000, 2002], [3600, 3600]]
     assert run["bands"]["reached"] == []

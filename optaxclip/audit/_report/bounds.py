@@ -105,10 +105,11 @@ def rise(data: LogData) -> Finding | None:
         )
         return Finding("notice", "The norms rise, and the threshold with them", detail)
     shares = [float(stats.clipped(data)[rows].mean()) for rows in (low, last)]
+    first, then = map(text.number, bounds)
+    went = f"went from {first} to {then}" if first != then else f"stayed at {then}"
     detail += (
-        f", the threshold from {text.number(bounds[0])} to {text.number(bounds[1])}: "
-        f"{text.share(shares[0])} of the steps were clipped then, and "
-        f"{text.share(shares[1])} at the end."
+        f". The threshold {went}: {text.share(shares[0])} of the steps were clipped "
+        f"then, and {text.share(shares[1])} at the end."
     )
     return Finding("notice", "The norms rise", detail)
 

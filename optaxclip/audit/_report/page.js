@@ -285,14 +285,9 @@
         ["scale", run.scale[i]]].map(([name, v]) => `${name} ${number(v)}`);
       if (Number.isFinite(run.loss[i])) parts.push(`loss ${number(run.loss[i])}`);
       parts.push(action & 2 ? "skipped" : action & 1 ? "clipped" : "not clipped");
-      const norms = run.leaves.map((_, k) => run[`leaf${k}`][i]);
-      const bad = run.leaves.filter((_, k) => !Number.isFinite(norms[k]));
-      if (bad.length) parts.push(`NaN or infinite in ${bad.length > 3
-        ? `${bad.length} of ${run.leaves.length} parameters` : bad.join(", ")}`);
-      else if (norms.length) {
-        const most = norms.indexOf(Math.max(...norms));
-        parts.push(`largest parameter ${run.leaves[most]} (${number(norms[most])})`);
-      }
+      if (run.bad[i]) parts.push(`NaN or infinite in ${run.bad[i]}`);
+      else if (run.leaders.length) parts.push(
+        `largest parameter ${run.leaders[run.leader[i]]} (${number(run.leaderNorm[i])})`);
       return `${alone ? "" : `${run.name}: `}step ${stepName(run.x[i])}: ${parts.join(" · ")}`;
     });
     at("readout").firstElementChild.textContent = lines.join("\n");

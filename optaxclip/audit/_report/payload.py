@@ -36,6 +36,17 @@ def payload(data: LogData, name: str) -> dict[str, Any]:
     for i, leaf in enumerate(leaves):
         assert data.leaf_norms is not None
         columns[f"leaf{i}"] = ("f", data.leaf_norms[rows, leaf])
+    leaders: list[str] = []  # of all parameters, not of those alone that have a line
+    if data.leaf_norms is not None and len(leaves):
+        norms = np.nan_to_num(data.leaf_norms[rows], posinf=0)
+        used, which = np.unique(norms.argmax(axis=1), return_inverse=True)
+        leaders = [data.leaf_names[leaf] for leaf in used]
+        columns |= {"leader": ("u", which), "leaderNorm": ("f", norms.max(axis=1))}
+    bad = {
+        i: stats.in_words(data, stats.nonfinite_leaves(data, row))
+        for i, row in enumerate(rows)
+        if not np.isfinite(data.norm[row])
+    }
     reached = ~np.isfinite(data.norm) & ~data.skipped
     return {
         "name": name,
@@ -44,6 +55,8 @@ def payload(data: LogData, name: str) -> dict[str, Any]:
         "rows": len(rows),
         "columns": [(key, kind) for key, (kind, _) in columns.items()],
         "bytes": _packed(list(columns.values())),
+        "leaders": leaders,
+        "bad": bad,  # which parameters are not finite, by row
         "moreLeaves": len(data.leaf_names) - len(leaves),
         "leaves": [data.leaf_names[leaf] for leaf in leaves],
         "bands": {
