@@ -39,6 +39,7 @@ nb_merge_streams = True
 # The API.
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
@@ -52,9 +53,9 @@ nitpick_ignore_regex = [
 # The look.
 html_theme = "furo"
 html_title = "optaxclip"
+pygments_dark_style = "github-dark"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-templates_path = ["_templates"]
 html_theme_options = {
     "source_repository": "https://github.com/optaxclip/optaxclip",
     "source_branch": "main",
@@ -125,6 +126,8 @@ def signature(app, what, name, value, options, signature, returns):
     if what not in ("function", "method"):
         return None
     found = inspect.signature(value)
+    if what == "method":
+        found = found.replace(parameters=[*found.parameters.values()][1:])  # no `self`
     shown = stringify_signature(found.replace(return_annotation=found.empty))
     if found.return_annotation in (found.empty, None):
         return shown, None

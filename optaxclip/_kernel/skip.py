@@ -26,8 +26,8 @@ PyTree = Any
 class GuardedStep(NamedTuple):
     """What :func:`guarded_step` returns: two functions."""
 
-    init: Callable[[PyTree], SkipState]
-    step: Callable[..., tuple[PyTree, SkipState]]
+    init: Callable[[PyTree], SkipState]  #: from parameters to a state
+    step: Callable[..., tuple[PyTree, SkipState]]  #: to new parameters and a new state
 
     @property
     def update(self) -> Any:
