@@ -15,15 +15,23 @@ One batch in the run has a sequence that counts a thousandfold, another one a se
 that counts NaN. Both lie on the last device alone, and all devices clip, or skip.
 
 Every run is made twice, on all devices and on one, and is compared step by step. With
-four devices and the defaults the largest relative differences are these, of the norm of
-any parameter's gradient at any step, and of all weights in the end:
+`--seeds 3` the largest relative differences are these, of the norm of any parameter's
+gradient at any step, and of all weights in the end:
 
-                             state on    final                   largest difference
-dtype    clip   seed devices a device     loss clipped skipped  of a norm  of weights
-float32  default   0       4    25.2%   3.0193       1       1    9.4e-07     5.2e-07
-float32  leaf      0       4    25.1%   2.8688      38       1    2.8e-06     9.4e-07
-bfloat16 default   0       4    25.2%   3.0199       1       1    1.9e-03     1.2e-04
-bfloat16 leaf      0       4    25.1%   2.8687      38       1    4.6e-03     2.9e-04
+                              state on   final                  largest difference
+dtype     clip       seed devs a device    loss clipped skipped of a norm of weights
+float32   percentile    0    4    25.2%  2.4787      39       1   1.1e-06    3.8e-07
+float32   percentile    1    4    25.2%  2.5560      39       1   6.1e-07    2.4e-07
+float32   percentile    2    4    25.2%  2.6056      39       1   6.8e-07    3.2e-07
+float32   leaf          0    4    25.1%  2.5288      31       1   7.9e-06    2.4e-06
+float32   leaf          1    4    25.1%  2.6022      28       1   5.7e-07    2.6e-07
+float32   leaf          2    4    25.1%  2.6446      34       1   1.6e-06    7.1e-07
+bfloat16  percentile    0    4    25.2%  2.4783      39       1   5.0e-03    4.8e-04
+bfloat16  percentile    1    4    25.2%  2.5558      39       1   7.1e-03    4.1e-04
+bfloat16  percentile    2    4    25.2%  2.6059      39       1   5.0e-03    7.1e-04
+bfloat16  leaf          0    4    25.1%  2.5286      31       1   4.1e-03    3.2e-04
+bfloat16  leaf          1    4    25.1%  2.6025      28       1   4.7e-03    2.3e-04
+bfloat16  leaf          2    4    25.1%  2.6440      34       1   4.6e-03    5.1e-04
 
 A name ends in the axes of its array: B batch, T time, 1 one more, D width, H heads, K
 width of a head, V vocabulary.

@@ -14,8 +14,18 @@ the same sequences. All seeds of a run train at once, under `vmap`, many updates
 under `scan`, and several devices share the seeds. The script also draws the authors'
 own picture of a cliff: the error of one unit.
 
-With the defaults it solved, of eight seeds at 10, 20 and 30 symbols: 8, 1 and 0 without
-a clip; 8, 8 and 7 with a constant; 8, 8 and 4 with `clip_by_percentile()`.
+With the defaults it ends so; `updates` is the median until a network solves the task:
+
+length  clip         solved  95 % interval  updates  clipped  largest norm
+    10  none            8/8    68% to 100%       50     0.0%           7.9
+    10  global 1        8/8    68% to 100%       50    45.1%           4.1
+    10  percentile      8/8    68% to 100%      100    94.3%           3.5
+    20  none            1/8      2% to 47%    >4000     0.0%         157.8
+    20  global 1        8/8    68% to 100%      425    39.7%          61.9
+    20  percentile      8/8    68% to 100%      575    68.2%         275.4
+    30  none            0/8      0% to 32%    >4000     0.0%         148.1
+    30  global 1        7/8     53% to 98%     1675    25.5%        1216.5
+    30  percentile      6/8     41% to 93%     2675    59.3%        3435.5
 
 A name ends in the axes of its array: S seeds, B batch, T time, I inputs, H hidden
 units, K classes, C checks.

@@ -35,7 +35,7 @@ def run(arguments: str, out: Path) -> subprocess.CompletedProcess:
         env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=400,
+        timeout=900,
     )
 
 

@@ -36,7 +36,7 @@ def run(arguments: str, out: Path, devices: int = 1) -> subprocess.CompletedProc
         env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=900,
     )
 
 
