@@ -48,6 +48,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(jax|jaxlib|np|numpy|optax|collections|typing|pathlib|os)\..*"),
     ("py:class", "PyTree|Leaf|Path|Apply|Number|Ord|Ax(es|is|isFunction)"),
     ("py:class", "Start|Outlying"),
+    ("py:class", "Figure"),  # of Matplotlib
 ]
 
 # The look.
