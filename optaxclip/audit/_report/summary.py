@@ -118,8 +118,8 @@ def _record(data: LogData) -> list[Finding]:
         parts.append(f"{text.count(lost, 'step')} missing: {gaps}{more}")
     if data.unsure_before:
         parts.append(
-            f"rows of steps before {data.unsure_before} may belong to a part of the run "
-            "that was repeated from a checkpoint"
+            f"rows of steps before {data.unsure_before} may belong to a part of the "
+            "run that was repeated from a checkpoint"
         )
     title = "The record is not complete" if parts else _restarted(data)
     if data.restarts:
