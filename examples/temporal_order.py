@@ -9,16 +9,17 @@ Pascanu, Mikolov and Bengio ("On the difficulty of training recurrent neural net
 2013) clipped gradients for this task: two of the symbols of a sequence are an A or a B,
 the others mean nothing, and after the last one a plain tanh network (Flax NNX) says
 which two there were, and in which order. The longer the sequence, the steeper the
-cliffs of its loss, and plain SGD leaps off them. Every clip meets the same networks and
-the same sequences. All seeds of a run train at once, under `vmap`, many updates a call,
-under `scan`, and several devices share the seeds. The script also draws the authors'
+cliffs of its loss, and plain SGD leaps off them. Every clip gets the same networks and
+the same sequences. `vmap` trains all seeds of a run at once, `scan` makes many updates
+in one call, and several devices share the seeds. The script also draws the authors'
 own picture of a cliff: the error of one unit.
 
-With the defaults it solved, of eight seeds at 10, 20 and 30 symbols: 8, 1 and 0 without
-a clip; 8, 8 and 7 with a constant; 8, 8 and 4 with `clip_by_percentile()`.
+With the defaults, this many of the eight seeds solved the task at 10, 20 and 30
+symbols: 8, 1 and 0 without a clip; 8, 8 and 7 with a constant; 8, 8 and 4 with
+`clip_by_percentile()`.
 
-A name ends in the axes of its array: S seeds, B batch, T time, I inputs, H hidden
-units, K classes, C checks.
+The suffix of a name lists the axes of its array: S seeds, B batch, T time, I inputs, H
+hidden units, K classes, C checks.
 """
 
 import argparse
