@@ -1,16 +1,16 @@
-"""Compare gradient clips on a language model, some of whose batches are broken.
+"""Compare gradient clips on a language model that gets some broken batches.
 
     pip install "optaxclip[examples]"
     python char_lm.py                          # two minutes on a CPU
     python char_lm.py --clip value,leaf,zclip --seeds 3
     python char_lm.py --nan-share 0.005        # some late batches are NaN, too
 
-The model and the text are those of `train.py`, beside this file. Each token has a
+The model and the text are those of `train.py`, in the same folder. Each token has a
 weight. One batch in a hundred is broken: the weights of one of its sequences are so
-large that the gradient is about a thousand times too large. Every clip meets the same
-model, the same batches and the same breaks.
+large that the gradient is about a thousand times too large. Every clip gets the same
+model, the same batches and the same broken ones.
 
-With `--seeds 3` it ends so:
+With `--seeds 3` it prints this at the end:
 
 clip          validation loss  clipped  skipped   largest norm, clipped to
 none            3.294 ± 0.115     0.0%      0.0           3896      3896.3

@@ -6,16 +6,17 @@
     python diffusion.py --bad-step -1 --steps 20000 --width 512    # on an accelerator
 
 A small residual network (Flax NNX) learns to tell the noise from the digit, and draws
-digits from nothing but noise. Activations are bfloat16, and so are the gradients: they
-are taken with respect to a bfloat16 copy of the parameters, which themselves stay
-float32. What draws is an average of the parameters over the last steps.
+digits from nothing but noise. Activations and gradients are bfloat16. The gradients
+are taken with respect to a bfloat16 copy of the parameters; the parameters themselves
+stay float32. To draw digits, the network uses an average of the parameters over the
+last steps.
 
-One batch arrives with its pixels a thousand times too large, as if
-somebody had forgotten to normalize it. Every optimizer meets the same model, the same
-data and the same bad batch.
+One batch has pixels that are a thousand times too large, as if somebody had forgotten
+to normalize it. Every optimizer gets the same model, the same data and the same bad
+batch.
 
-A name ends in the axes of its array: B batch, N images, P pixels, D width, F waves,
-S seeds, V validations.
+The suffix of a name lists the axes of its array: B batch, N images, P pixels, D width,
+F waves, S seeds, V validations.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A network without normalization, at a large batch and rate, on several devices.
+"""A network without normalization: a large batch and rate, on several devices.
 
     pip install "optaxclip[examples]"
     python digits_cnn.py     # four clips, three seeds each, on eight virtual devices
@@ -6,18 +6,18 @@
     python digits_cnn.py --rate 0.5 --clipping 0.01 --width 64  # on an accelerator
 
 Four convolutions (Flax NNX) and no normalization learn scikit-learn's handwritten
-digits by SGD with momentum. Nothing but the clip keeps a layer within bounds, which is
-what adaptive gradient clipping was made for (Brock et al., "High-Performance
-Large-Scale Image Recognition Without Normalization", 2021): it holds the gradient of
-every unit to a share of the unit's weights. All devices share a batch under `pmap`; the
-gradients are averaged before the clip sees them.
+digits with SGD and momentum. Only the clip keeps the layers stable. Adaptive gradient
+clipping (`agc`) was made for such networks (Brock et al., "High-Performance Large-Scale
+Image Recognition Without Normalization", 2021): it limits the gradient of each unit to
+a fraction of the unit's weights. All devices share a batch under `pmap`; the gradients
+are averaged before the clip sees them.
 
-Every so often comes a broken batch: pixels that nobody scaled to [0, 1]. As its authors
-advise, `agc` does not clip the last layer, so the gradient of a broken batch passes
-through that layer whole: the last column of the table shows how large it is.
+Now and then a batch is broken: its pixels were not scaled to [0, 1]. As its authors
+advise, `agc` does not clip the last layer. The gradient of that layer therefore passes
+unclipped in a broken batch. The last column of the table shows how large it is.
 
-A name ends in the axes of its array: D devices, B batch, N examples, H height, W width,
-C channels, K classes.
+The suffix of a name lists the axes of its array: D devices, B batch, N examples, H
+height, W width, C channels, K classes.
 """
 
 import argparse

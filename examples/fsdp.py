@@ -1,22 +1,23 @@
 """Train a Transformer whose parameters are sharded, and check it against one device.
 
     pip install "optaxclip[examples]"
-    python fsdp.py                  # 4 devices; a CPU makes do with virtual ones
+    python fsdp.py                  # 4 devices, virtual ones on a CPU
     python fsdp.py --processes 2    # two processes; one is killed, both resume
     python fsdp.py --clip global --dtype float32 --seeds 3
 
 Fully sharded data parallelism (FSDP) takes three things here, each in one place: the
-metadata of a parameter says along which axis it is cut, `gathered` puts a layer
-together while it is in use, and the batch is cut by sequences. On a mesh of Explicit
-axes Adam's moments and the gradients then lie as their parameters do, and a clip needs
-no argument to measure the whole of them: the norm is that of one device.
+metadata of a parameter says along which axis it is split, `gathered` collects a layer
+while it is in use, and the batch is split by sequences. On a mesh with Explicit axes,
+Adam's moments and the gradients are then sharded like their parameters, and a clip
+needs no argument to measure all of them: the norm is the same as on one device.
 
-One batch in the run has a sequence that counts a thousandfold, another one a sequence
-that counts NaN. Both lie on the last device alone, and all devices clip, or skip.
+One batch in the run has a sequence with a weight of 1,000, and another one has a
+sequence with a weight of NaN. Both sequences are on the last device only, but all
+devices clip, or skip.
 
-Every run is made twice, on all devices and on one, and is compared step by step. With
-`--seeds 3` the largest relative differences are these, of the norm of any parameter's
-gradient at any step, and of all weights in the end:
+Every run is made twice, on all devices and on one, and the two are compared step by
+step. With `--seeds 3`, these are the largest relative differences in the norm of any
+parameter's gradient at any step, and in all weights at the end:
 
                               state on   final                  largest difference
 dtype     clip       seed devs a device    loss clipped skipped of a norm of weights
@@ -33,8 +34,8 @@ bfloat16  leaf          0    4    25.1%  2.5286      31       1   4.1e-03    3.2
 bfloat16  leaf          1    4    25.1%  2.6025      28       1   4.7e-03    2.3e-04
 bfloat16  leaf          2    4    25.1%  2.6440      34       1   4.6e-03    5.1e-04
 
-A name ends in the axes of its array: B batch, T time, 1 one more, D width, H heads, K
-width of a head, V vocabulary.
+The suffix of a name lists the axes of its array: B batch, T time, 1 one more, D width,
+H heads, K width of a head, V vocabulary.
 """
 
 import argparse

@@ -1,21 +1,22 @@
-"""Fine-tune LoRA adapters on a frozen Transformer, with a clip on them alone.
+"""Fine-tune LoRA adapters on a frozen Transformer, with a clip only on the adapters.
 
     pip install "optaxclip[examples]"
     python lora.py                  # one base, three fine-tunings: minutes on a CPU
     python lora.py --seeds 3 --rank 4 --outlier 100
 
-A Transformer learns Python source, by `train.py` beside this file. Then it is frozen,
-and adapters on its linear layers learn the language reference, in capitals. The
-optimizer is given the adapters alone (`wrt=nnx.LoRAParam`): the clip measures nothing
-else, the log has one norm for each of their factors, and Adam has no other moments.
+A Transformer learns Python source with `train.py`, in the same folder. Then it is
+frozen, and adapters on its linear layers learn the Python language reference, in
+capital letters. The optimizer gets only the adapters (`wrt=nnx.LoRAParam`): the clip
+measures nothing else, the log has one norm for each factor of an adapter, and Adam has
+no other moments.
 
-In a few batches one sequence counts a thousandfold, as when a file of examples has
-counts where weights should be. Every clip meets the same base, batches and outliers.
+In a few batches one sequence counts a thousand times, as if a file of examples had
+counts where weights should be. Every clip gets the same base, batches and outliers.
 
 Without NNX, `optax.partition({"adapter": tx, "base": optax.set_to_zero()}, labels)`
 does the same: a clip within it measures the leaves of its label.
 
-A name ends in the axes of its array: B batch, T time, T1 time and one more.
+The suffix of a name lists the axes of its array: B batch, T time, T1 time and one more.
 """
 
 import argparse

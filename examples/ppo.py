@@ -1,4 +1,4 @@
-"""PPO on CartPole: a whole run is one program, and all seeds run side by side in it.
+"""PPO on CartPole: a whole run is one program, and all seeds run in it at once.
 
     pip install "optaxclip[examples]"
     python ppo.py          # three clips, a table, a picture, reports: minutes on a CPU
@@ -6,18 +6,20 @@
     python ppo.py --total-steps 1000000 --envs 64 --seeds 256    # on an accelerator
 
 The environment (Gymnasium's functional CartPole), the actor-critic (Flax NNX) and PPO
-are pure functions under `scan`; `vmap` runs the seeds. The clip that implementations of
-PPO customarily have, `clip_by_global_norm(0.5)`, meets `clip_by_percentile()`, whose
-threshold nobody has to choose, and no clip at all. Every clip meets the same seeds. On
-this easy task no clip at all does best, and 0.5, below nearly every norm, worst:
+are pure functions under `scan`; `vmap` runs the seeds. The script compares three runs:
+with `clip_by_global_norm(0.5)`, which implementations of PPO customarily use, with
+`clip_by_percentile()`, which chooses its own threshold, and without a clip. Every clip
+gets the same seeds. On this easy task, the run without a clip is best, and the run with
+0.5, which is below nearly every norm, is worst:
 
 clip        mean return      of the last tenth   clipped  norm: median  largest
 none          292.5 ± 51.4          376.4 ± 101.7      0.0%         32.81     74.3
 global 0.5    224.8 ± 20.2           246.9 ± 28.9     98.3%         32.43     74.4
 percentile    258.9 ± 24.8           315.0 ± 67.0     70.7%         32.63     76.4
 
-A name ends in the axes of its array: T time, E environments, B batch, O observation,
-A actions, U iterations, K epochs, M minibatches, G gradients (all of a run), S seeds.
+The suffix of a name lists the axes of its array: T time, E environments, B batch, O
+observation, A actions, U iterations, K epochs, M minibatches, G gradients (all of a
+run), S seeds.
 """
 
 import argparse

@@ -9,12 +9,13 @@ Pascanu, Mikolov and Bengio ("On the difficulty of training recurrent neural net
 2013) clipped gradients for this task: two of the symbols of a sequence are an A or a B,
 the others mean nothing, and after the last one a plain tanh network (Flax NNX) says
 which two there were, and in which order. The longer the sequence, the steeper the
-cliffs of its loss, and plain SGD leaps off them. Every clip meets the same networks and
-the same sequences. All seeds of a run train at once, under `vmap`, many updates a call,
-under `scan`, and several devices share the seeds. The script also draws the authors'
+cliffs of its loss, and plain SGD leaps off them. Every clip gets the same networks and
+the same sequences. `vmap` trains all seeds of a run at once, `scan` makes many updates
+in one call, and several devices share the seeds. The script also draws the authors'
 own picture of a cliff: the error of one unit.
 
-With the defaults it ends so; `updates` is the median until a network solves the task:
+With the defaults it prints this table; `updates` is the median number until a network
+solves the task:
 
 length  clip         solved  95 % interval  updates  clipped  largest norm
     10  none            8/8    68% to 100%       50     0.0%           7.9
@@ -27,8 +28,8 @@ length  clip         solved  95 % interval  updates  clipped  largest norm
     30  global 1        7/8     53% to 98%     1675    25.5%        1216.5
     30  percentile      6/8     41% to 93%     2675    59.3%        3435.5
 
-A name ends in the axes of its array: S seeds, B batch, T time, I inputs, H hidden
-units, K classes, C checks.
+The suffix of a name lists the axes of its array: S seeds, B batch, T time, I inputs, H
+hidden units, K classes, C checks.
 """
 
 import argparse

@@ -6,11 +6,12 @@
     python train.py --text notes.txt   # your own text
     tensorboard --logdir runs/train
 
-The file to fork, in Flax NNX: an optimizer that clips and skips, TensorBoard metrics, a
-log of every step and its report, checkpoints, a sample of what the model writes.
+Start from this file if you use Flax NNX. It has an optimizer that clips and skips,
+TensorBoard metrics, a log of every step and its report, checkpoints, and a sample of
+what the model writes.
 
-A name ends in the axes of its array: B batch, T time, T1 time and one more, D width,
-H heads, K width of a head, V vocabulary.
+The suffix of a name lists the axes of its array: B batch, T time, T1 time and one more,
+D width, H heads, K width of a head, V vocabulary.
 """
 
 import argparse

@@ -2,16 +2,16 @@
 
     pip install "optaxclip[examples]"
     python train_linen.py                    # a minute or two on a CPU
-    python train_linen.py                    # killed? The same command goes on
+    python train_linen.py                    # killed? The same command resumes
     python train_linen.py --text notes.txt   # your own text
     tensorboard --logdir runs/train_linen
 
-The twin of `train.py` in Flax Linen, with a `TrainState`: an optimizer that clips and
-skips, TensorBoard metrics, a log of every step and its report, checkpoints, a sample of
-what the model writes. `train_step` says how the loss reaches the log.
+The same as `train.py`, in Flax Linen with a `TrainState`: an optimizer that clips and
+skips, TensorBoard metrics, a log of every step and its report, checkpoints, and a
+sample of what the model writes. `train_step` shows how the loss reaches the log.
 
-A name ends in the axes of its array: B batch, T time, T1 time and one more, D width,
-H heads, K width of a head, V vocabulary.
+The suffix of a name lists the axes of its array: B batch, T time, T1 time and one more,
+D width, H heads, K width of a head, V vocabulary.
 """
 
 import argparse

@@ -19,7 +19,7 @@ that of the best of nine constants at the best of the same rates, a mean over se
 Below 0 the clip is better than every constant. On each task: in the unit of the task,
 and in parentheses in standard errors of the difference, seed by seed. *Worst* and
 *mean* are over the tasks, in percent of what the best constant learns (the value of a
-model that knows nothing, minus its own), with 95 % intervals of a bootstrap over
+model that knows nothing, minus its own), with 95% intervals of a bootstrap over
 seeds, in which the best constant and the best rates are chosen anew; with 4 seeds
 these are too narrow. *At the same rate*: the worst task and rate, where clip and
 constant train at that rate. A run that diverged counts as one that knows nothing.
@@ -186,11 +186,11 @@ KINDS = {
     "AdamW or Muon, clean data": ("transformer-adamw", "transformer-muon"),
     "Lion, clean data": ("transformer-lion",),
     "Adam, bfloat16 gradients": ("diffusion",),
-    "AdamW, 1 or 2 % of the batches broken": ("transformer-adamw-broken", "lora"),
+    "AdamW, 1 or 2% of the batches broken": ("transformer-adamw-broken", "lora"),
     "Adam, reinforcement learning (PPO)": ("ppo",),
     "SGD, recurrent network, exploding gradients": ("temporal-order", "addition"),
     "SGD, LSTM, clean data": ("lstm",),
-    "SGD with momentum, no normalization, 1 % of the batches broken": ("digits-cnn",),
+    "SGD with momentum, no normalization, 1% of the batches broken": ("digits-cnn",),
 }
 COMPARED = {
     DEFAULT: f"`{DEFAULT}`",

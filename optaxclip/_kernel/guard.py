@@ -158,7 +158,7 @@ def _refuse_loss_scale(inner_state: PyTree) -> None:
 
     if any(map(is_loss_scale, jax.tree.leaves(inner_state, is_leaf=is_loss_scale))):
         raise ValueError(
-            "A skip must stand inside `dynamic_loss_scale`, not around it: a step that "
+            "A skip must go inside `dynamic_loss_scale`, not around it: a step that "
             "overflows is skipped before the scale can back off. The loss scale skips "
             "such steps by itself."
         )

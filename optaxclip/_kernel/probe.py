@@ -32,7 +32,7 @@ def check_rule(
     raise ValueError(
         f"`{call}(threshold=...)` must be a number, a schedule or a rule from norms to "
         f"thresholds, such as `optaxclip.quantile(0.95)`, got {got}: transformations "
-        "of gradients go into `optax.chain`, beside the clip."
+        "of gradients go into `optax.chain`, next to the clip."
     )
 
 

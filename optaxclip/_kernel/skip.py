@@ -33,9 +33,9 @@ class GuardedStep(NamedTuple):
     def update(self) -> Any:
         """There is none: it is no transformation."""
         raise AttributeError(
-            "`guarded_step` makes no `optax.GradientTransformation`: its `step` takes "
-            "and gives parameters. In `optax.chain` or an optimizer of Flax use "
-            "`skip_by`."
+            "`guarded_step` does not return an `optax.GradientTransformation`: its "
+            "`step` takes and returns parameters. In `optax.chain` or a Flax "
+            "optimizer, use `skip_by`."
         )
 
 

@@ -21,8 +21,8 @@ def own(kind: type[State], state: Any) -> State:
         raise ValueError(
             f"`update(state=...)` must be a {kind.__name__}, as `init` makes it, got "
             f"{_shortened(state)}: call `init(params)` once before the first update. "
-            "`optaxclip.migrate_state` takes a checkpoint made with another optimizer, "
-            "optax's own clips for instance, or restored as dicts."
+            "`optaxclip.migrate_state` takes a checkpoint that was made with another "
+            "optimizer (with Optax's clips, for instance) or restored as dicts."
         )
     fields = state._asdict()  # type: ignore[attr-defined]  # all kinds are NamedTuples
     inner = {name: fields.pop(name) for name in ("inner_state",) if name in fields}
@@ -44,8 +44,8 @@ def check_sizes(field: str, state: PyTree, init: Callable[[], PyTree]) -> None:
             + ", ".join(differences[:3])
             + (f" and {more} more" if more > 0 else "")
             + ": was it saved with another `window`, `warmup`, `length` or rule? "
-            "Restore it with the same, or let `optaxclip.migrate_state` start what "
-            "changed afresh."
+            "Use the same values again, or let `optaxclip.migrate_state` reset the "
+            "parts that changed."
         )
 
 

@@ -61,7 +61,7 @@ def shares_of(call: str, gradients: PyTree, axis_name: AxisName) -> list[MeshAxe
         told = [{*axes} - checked for axes in _told(call, gradients, axis_name)]
     if _as_whole.get() and any(told):
         raise ValueError(
-            f"`{call}(axis_name=...)` must be () within a transformation that takes "
+            f"`{call}(axis_name=...)` must be () within a transformation that treats "
             f"the same leaves as whole, got {axis_name!r}: give the skip, loss scale "
             "or recorder around it this `axis_name`, too."
         )
@@ -130,7 +130,7 @@ def _warn_of(blind: set[str]) -> None:
         warnings.warn(
             "`axis_name=` is missing: nothing shows which gradients are split over the "
             f"axes {sorted(blind)} (`pmap`, or `shard_map` with `check_vma=False`), so "
-            "all are taken as whole. That is right if every device holds the same "
+            "all are treated as whole. That is right if every device holds the same "
             "gradients, averaged over the devices: say so with `axis_name=()`. If not, "
             "name the axes over which they are split.",
             stacklevel=depth_of_caller(),

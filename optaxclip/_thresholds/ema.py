@@ -88,7 +88,7 @@ def ema(
 
     The mean settles where :math:`E \min(n, \lambda \gamma) = \gamma`. With the defaults
     this is below the mean of the norms. Of lognormal norms with log-deviation 0.1, 0.3
-    and 0.5 it clips 42, 71 and 79 %, and shortens them by 3, 23 and 44 % on average. It
+    and 0.5 it clips 42, 71 and 79%, and shortens them by 3, 23 and 44% on average. It
     is more a normalizer than a guard against spikes. Because it starts from the
     smallest norm, the mean is even lower for the first few hundred steps. ``ratio=2.0,
     start=average`` clips only rare spikes.

@@ -53,7 +53,7 @@ def quantile(
     costs time in proportion to ``window``.
 
     Args:
-      q: The quantile, a number in [0, 1]: 0.95 lets about 95 % of the norms pass. A
+      q: The quantile, a number in [0, 1]: 0.95 lets about 95% of the norms pass. A
         traced number is clamped to that range and has the precision of its dtype.
       window: How many norms are remembered, :math:`N`: an integer of at least 1. It is
         part of the state's shape, so ``optax.inject_hyperparams`` needs it, and

@@ -145,7 +145,7 @@ def _check_positive(argument: str, value: Number) -> None:
 
 def _add(total: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sum, and what rounding left out of it, to be added next time (Kahan)."""
-    # Without it, steps of 0.0005 on a logarithm of 10 are off by up to 0.1 %, and as
+    # Without it, steps of 0.0005 on a logarithm of 10 are off by up to 0.1%, and as
     # equal steps are rounded equally, that adds up.
     new = total + term
     return new, term - (new - total)

@@ -38,8 +38,8 @@ def zclip(
     the equations, the reason, and the options that give the published recursion. The
     published code also has a ``max_norm`` of 1 by default.
 
-    On the eleven trainings of ``docs/choosing.md`` it is at most 27.0 % worse than the
-    best of nine constants (a recurrent network under SGD), and 6.4 % on average.
+    On the eleven tasks of ``docs/choosing.md`` it is at most 27.0% worse than the
+    best of nine constants (a recurrent network under SGD), and 6.4% on average.
 
     Args:
       z_threshold: :math:`z^* > 0`.
@@ -100,13 +100,13 @@ def adagc(
     :math:`\gamma_l` starts at the capped norms and can grow only by a thousandth per
     step: set ``warmup_norm`` to the size of your norms.
 
-    It is not a guard against rare events. It clips norms that vary by 10 % in four of
-    ten steps, and norms that vary by 30 % in seven. Its mean sees clipped norms, so it
+    It is not a guard against rare events. It clips norms that vary by 10% in four of
+    ten steps, and norms that vary by 30% in seven. Its mean sees clipped norms, so it
     takes at least 690 steps to double. ``clip_by(leaf_norm, optax.chain(quantile(0.5,
     100), optax.scale(2.0)))`` is such a guard.
 
-    On the eleven trainings of ``docs/choosing.md`` it is at most 43.8 % worse than the
-    best of nine constants (PPO), and 5.4 % on average.
+    On the eleven tasks of ``docs/choosing.md`` it is at most 43.8% worse than the
+    best of nine constants (PPO), and 5.4% on average.
 
     Args:
       ratio: :math:`\lambda > 1`.

@@ -36,8 +36,8 @@ def clip_by_percentile(
 
     where :math:`m \le N` is the number of norms recorded so far, before clipping.
 
-    On the eleven trainings of ``docs/choosing.md`` it is at most 3.3 % worse than the
-    best of nine constants, and 0.2 % on average.
+    On the eleven tasks of ``docs/choosing.md`` it is at most 3.3% worse than the
+    best of nine constants, and 0.2% on average.
 
     The defaults come from there, and each has its reason:
 
@@ -146,8 +146,8 @@ def autoclip(
     are clipped. That makes it a normalizer more than a guard: harmless before Adam, and
     before SGD the same as a lower learning rate.
 
-    On the eleven trainings of ``docs/choosing.md`` it is at most 9.1 % worse than the
-    best of nine constants (Lion), and 2.1 % on average.
+    On the eleven tasks of ``docs/choosing.md`` it is at most 9.1% worse than the
+    best of nine constants (Lion), and 2.1% on average.
 
     Args:
       percentile: :math:`p` in [0, 100].

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "report",
         _commands.report_command,
-        "write the report, a page of HTML",
+        "write the report, an HTML page",
         "-o run.html",
     )
     report.add_argument(
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PAGE",
         help="the page to write; by default beside the log, run.html for run.jsonl",
     )
-    report.add_argument("--title", help="its title")
+    report.add_argument("--title", help="the title of the page")
     replay = _command(
         commands,
         "replay",
@@ -111,14 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     for command in texts:
         command.add_argument("--json", action="store_true", help="print JSON instead")
     watch = _command(
-        commands, "watch", _commands.watch_command, "follow a run that is going on", ""
+        commands,
+        "watch",
+        _commands.watch_command,
+        "follow a run that is still training",
+        "",
     )
     watch.add_argument(
         "--every",
         type=_seconds,
         default=2.0,
         metavar="SECONDS",
-        help="look at the log so often, 2 seconds if not given",
+        help="how long to wait between two looks at the log (default: 2 seconds)",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""A run that is going on, in a terminal: numbers, a chart and the last events."""
+"""A run that is still training, in a terminal: numbers, a chart and the last events."""
 
 import contextlib
 import os

@@ -255,7 +255,7 @@ FINDINGS = {
         finding(np.where(np.arange(400) // 100 == 2, 4.0, STEADY), 2.0),
         "notice",
         "For a while most steps were clipped",
-        "100% of the steps from 200 to 299, against 25.0% in the whole run.",
+        "100% of the steps from 200 to 299 were clipped, and 25.0% of all steps.",
     ),
     "under": (
         finding(STEADY, 103.0),
@@ -275,20 +275,20 @@ FINDINGS = {
         finding(np.where(np.arange(400) == 123, 90.0, STEADY), 2.0),
         "notice",
         "1 spike, clipped",
-        "Step 123 had a norm at least 5 times as large as in the steps around. It "
-        "was 87.4 times as large.",
+        "Step 123 had a norm at least 5 times as large as in the steps around it: "
+        "87.4 times as large.",
     ),
     "a spike not held": (
         finding(np.where(np.arange(400) == 123, 90.0, STEADY), 50.0),
         "problem",
         "1 spike reached the optimizer",
-        "The clip left the norm at 5 times the usual one or more.",
+        "Even after the clip the norm was at least 5 times the usual norm.",
     ),
     "nothing yet": (
         finding(STEADY[:19], 2.0),
         "fine",
         "Nothing stands out yet",
-        "Of 19 steps, 0 were clipped and 0 skipped. So few steps tell little.",
+        "Of 19 steps, 0 were clipped and 0 skipped. That is too few steps to say",
     ),
     "a spike that an adaptive clip does not hold": (
         finding(np.where(np.arange(400) == 123, 90.0, STEADY), 7 * STEADY),
@@ -300,16 +300,15 @@ FINDINGS = {
         finding(np.where(np.arange(400) == 123, 90.0, STEADY), np.inf),
         "problem",
         "1 spike reached the optimizer",
-        "No threshold bounded them. A fixed one would cut such spikes down; so would",
+        "There was no threshold. A fixed one would cut such spikes down; so would",
     ),
     "some spikes held": (
         finding(np.where(np.isin(np.arange(400), [50, 90]), 9.0, STEADY), 4.0)[:80]
         + finding(np.where(np.arange(400) == 90, 9.0, STEADY), 8.0)[80:],
         "problem",
         "1 of 2 spikes reached the optimizer",
-        "Steps 50, 90 had norms at least 5 times as large as in the steps around. "
-        "Compared with these, the largest was 8.74 times as large, at step 50. Not "
-        "held: step 90.",
+        "Steps 50, 90 had norms at least 5 times as large as in the steps around "
+        "them: up to 8.74 times as large, at step 50. Not held back: step 90.",
     ),
     "a spike at the very end": (
         finding(np.where(np.arange(400) >= 398, 90.0, STEADY), 2.0),
@@ -324,7 +323,7 @@ FINDINGS = {
         "notice",
         "The norms rise",
         "The median norm went from 1.07 (steps 0 to 39) to 3.74 (steps 360 to 399). "
-        "The threshold stayed at 8: 0% of the steps were clipped then, and 0% at the",
+        "The threshold stayed at 8: 0% of the earlier steps were clipped, and 0% of",
     ),
     "a rise at the start alone": (
         finding(np.minimum(np.geomspace(1.0, 60.0, 400), 5.0), 6.0),
@@ -354,14 +353,14 @@ FINDINGS = {
         finding(np.geomspace(4.0, 0.5, 400), 3.9),
         "notice",
         "The threshold is no longer near the norms",
-        "it is 3.9, 7.05 times the median norm; before (steps 40 to 79) it was 3.9, "
-        "1.33 times. A spike would pass.",
+        "Earlier (steps 40 to 79) it was 3.9, or 1.33 times the median norm. At the "
+        "end (steps 360 to 399) it is 3.9, or 7.05 times. A spike would now pass.",
     ),
     "a threshold that leaves the norms": (
         finding(STEADY, np.geomspace(1.0, 40.0, 400)),
         "notice",
         "The threshold is no longer near the norms",
-        "A spike would pass.",
+        "A spike would now pass.",
     ),
     "many skips": (
         [{**row, "skipped": i % 5 == 0} for i, row in enumerate(finding(STEADY, 2.0))],

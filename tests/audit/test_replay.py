@@ -371,8 +371,8 @@ def test_the_suggested_texts_are_rules_and_settings():
 @pytest.mark.parametrize("steps", [1, 3, 99])
 def test_a_series_too_short_for_advice_is_said_to_be(steps):
     (remark,) = suggest(np.ones(steps)).remarks
-    noun = "norm" if steps == 1 else "norms"
-    assert remark.startswith(f"{steps} {noun} are too few: a run shows its usual norm")
+    count = "1 norm is" if steps == 1 else f"{steps} norms are"
+    assert remark.startswith(f"{count} too few: a run shows its usual norm")
 
 
 @pytest.mark.parametrize("steps", [100, 200, 999])

@@ -110,18 +110,18 @@ def test_the_page_has_the_tables_of_the_study():
 def test_pages_have_the_regret_of_the_default_and_of_no_clip(page):
     text = " ".join((ROOT / page).read_text().split())
     worst, mean = worst_and_mean(RESULTS["tasks"], "clip_by_percentile()")
-    assert f"at most {worst:.1f} % worse than" in text
-    assert f"and {mean:.1f} % on average" in text
+    assert f"at most {worst:.1f}% worse than" in text
+    assert f"and {mean:.1f}% on average" in text
     none = worst_and_mean(RESULTS["tasks"], "no clip")[1]
-    assert f"without a clip is {none:.1f} % worse on average" in text
+    assert f"without a clip is {none:.1f}% worse on average" in text
 
 
 @pytest.mark.parametrize("name", ["clip_by_percentile", "autoclip", "zclip", "adagc"])
 def test_docstrings_have_the_regret_of_the_study(name):
     worst, mean = worst_and_mean(RESULTS["tasks"], f"{name}()")
     text = " ".join(getattr(optaxclip, name).__doc__.split())
-    assert f"at most {worst:.1f} % worse than the best of nine constants" in text
-    assert f"and {mean:.1f} % on average" in text
+    assert f"at most {worst:.1f}% worse than the best of nine constants" in text
+    assert f"and {mean:.1f}% on average" in text
 
 
 def test_suggestions_have_the_regret_of_the_study():

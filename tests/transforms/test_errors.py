@@ -157,7 +157,7 @@ INTEGER = "an integer of at least 1"
 RULE = "a number, a schedule or a rule from norms to thresholds, such as " + (
     "`optaxclip.quantile(0.95)`"
 )
-CHAINED = "transformations of gradients go into `optax.chain`, beside the clip"
+CHAINED = "transformations of gradients go into `optax.chain`, next to the clip"
 
 
 class Named:
@@ -354,7 +354,7 @@ MESSAGES = {
     ),
     "a skip around the loss scale": (
         lambda: optaxclip.skip_nonfinite(SCALED).init(GRADS),
-        "A skip must stand inside `dynamic_loss_scale`, not around it: a step that "
+        "A skip must go inside `dynamic_loss_scale`, not around it: a step that "
         "overflows is skipped before the scale can back off. The loss scale skips such "
         "steps by itself.",
     ),
@@ -412,8 +412,9 @@ def test_a_guarded_step_is_no_transformation(use):
     with pytest.raises(AttributeError) as error:
         use(optaxclip.guarded_step(SGD))
     assert str(error.value) == (
-        "`guarded_step` makes no `optax.GradientTransformation`: its `step` takes and "
-        "gives parameters. In `optax.chain` or an optimizer of Flax use `skip_by`."
+        "`guarded_step` does not return an `optax.GradientTransformation`: its `step` "
+        "takes and returns parameters. In `optax.chain` or a Flax optimizer, use "
+        "`skip_by`."
     )
 
 

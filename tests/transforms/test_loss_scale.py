@@ -445,9 +445,9 @@ def test_a_skip_outside_is_refused(skip):
     """It would never let the scale back off."""
     scaled = optaxclip.dynamic_loss_scale(adam(), 16.0)
     for tx in (skip(scaled), skip(optax.chain(optaxclip.zclip(), scaled))):
-        with pytest.raises(ValueError, match="must stand inside `dynamic_loss_scale`"):
+        with pytest.raises(ValueError, match="must go inside `dynamic_loss_scale`"):
             tx.init(PARAMS)
-    with pytest.raises(ValueError, match="must stand inside `dynamic_loss_scale`"):
+    with pytest.raises(ValueError, match="must go inside `dynamic_loss_scale`"):
         optaxclip.guarded_step(scaled).init(PARAMS)
 
 

@@ -46,7 +46,7 @@ def skipped(data: LogData) -> Finding | None:
         title = f"{text.count(len(rows), 'step')} overflowed and {was} skipped"
         detail += (
             " With dynamic_loss_scale this is normal: it is how the scale is found. "
-            "Expect up to fifteen such steps at the start, and later one where the "
+            "Expect up to fifteen such steps at the start, and later one each time the "
             "scale has grown too far."
         )
     return Finding("notice", title, detail.rstrip(), at(data.step[rows]))
@@ -60,7 +60,7 @@ def wasted(data: LogData) -> Finding | None:
     detail = (
         f"The model learned nothing from {data.skipped.sum():,} of "
         f"{len(data.skipped):,} steps. A few skips are a guard at work; this many mean "
-        "that the data, the learning rate or the bound of the skip needs attention."
+        "that the data, the learning rate or the threshold of the skip needs attention."
     )
     return Finding("problem", f"{text.share(share)} of the steps were skipped", detail)
 
@@ -73,7 +73,7 @@ def skipping(data: LogData) -> Finding | None:
     end = start + length - 1
     detail = f"From step {data.step[start]} to {data.step[end]} nothing was learned."
     if end == len(data.step) - 1:
-        detail += " The run ends that way: it may never come back by itself."
+        detail += " The run ends with these skips: it may never recover on its own."
     steps = at(data.step[[start, end]])
     return Finding("problem", f"{length:,} steps skipped in a row", detail, steps)
 
@@ -82,7 +82,7 @@ def zero(data: LogData) -> Finding | None:
     """No gradient at all."""
     if stats.statistics(data).largest_norm != 0:
         return None
-    detail = "Nothing was learned: no gradient reached the clip."
+    detail = "Nothing was learned: probably no gradient reaches the clip."
     return Finding("problem", "Every norm was 0", detail)
 
 
@@ -111,7 +111,7 @@ def _origin(data: LogData, row: int) -> str:
         if was != "finite":
             advice = ": look at the batch of that step and at the loss function"
         elif kind == "NaN":
-            advice = ": look at the backward pass, for example for a square root at 0"
+            advice = ": look at the backward pass, for example for the square root of 0"
     if not parts:
         return ""
     return f" At step {data.step[row]} {' and '.join(parts)}{advice}."

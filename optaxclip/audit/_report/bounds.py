@@ -28,7 +28,7 @@ def over_clipping(data: LogData) -> Finding | None:
         return None
     if s.clipped_share >= OVER:
         every = s.clipped == s.steps
-        detail = "" if every else f"{text.share(s.clipped_share)} of them. "
+        detail = "" if every else f"{text.share(s.clipped_share)} of the steps were. "
         detail += (
             "The threshold is below the ordinary norms, so the clip sets the size of "
             "the updates instead of holding back the few that are too large. On "
@@ -50,8 +50,8 @@ def over_clipping(data: LogData) -> Finding | None:
     rows = slice(start * BLOCK, (start + length) * BLOCK)
     detail = (
         f"{text.share(float(stats.clipped(data)[rows].mean()))} of the steps from "
-        f"{data.step[rows][0]} to {data.step[rows][-1]}, against "
-        f"{text.share(s.clipped_share)} in the whole run."
+        f"{data.step[rows][0]} to {data.step[rows][-1]} were clipped, and "
+        f"{text.share(s.clipped_share)} of all steps."
     )
     ends = at(data.step[rows][[0, -1]])
     return Finding("notice", "For a while most steps were clipped", detail, ends)
@@ -73,7 +73,7 @@ def under_clipping(data: LogData) -> Finding | None:
         f"{text.number(s.median_threshold)}, is "
         f"{text.number(above_median)} times the median norm and "
         f"{text.number(s.median_threshold / s.largest_norm)} times the largest. A "
-        "spike up to this size would pass."
+        "spike up to the threshold would pass."
     )
     title = "The clip never acted: its threshold is out of reach"
     return Finding("notice", title, detail)
@@ -101,15 +101,15 @@ def rise(data: LogData) -> Finding | None:
         detail += (
             f", and the threshold followed from {text.number(bounds[0])} to "
             f"{text.number(bounds[1])}. A threshold that adapts does not stop a slow "
-            "rise; max_norm= caps it."
+            "rise; max_norm= sets an upper limit."
         )
         return Finding("notice", "The norms rise, and the threshold with them", detail)
     shares = [float(stats.clipped(data)[rows].mean()) for rows in (low, last)]
     first, then = map(text.number, bounds)
     went = f"went from {first} to {then}" if first != then else f"stayed at {then}"
     detail += (
-        f". The threshold {went}: {text.share(shares[0])} of the steps were clipped "
-        f"then, and {text.share(shares[1])} at the end."
+        f". The threshold {went}: {text.share(shares[0])} of the earlier steps were "
+        f"clipped, and {text.share(shares[1])} of the last ones."
     )
     return Finding("notice", "The norms rise", detail)
 
@@ -128,10 +128,10 @@ def out_of_reach(data: LogData) -> Finding | None:
     if bounds[1] < stats.SPIKE * norms[1]:
         return None
     detail = (
-        f"At the end ({span(data, late)}) it is {text.number(bounds[1])}, "
-        f"{text.number(bounds[1] / norms[1])} times the median norm; before "
-        f"({span(data, early)}) it was {text.number(bounds[0])}, "
-        f"{text.number(bounds[0] / norms[0])} times. A spike would pass."
+        f"Earlier ({span(data, early)}) it was {text.number(bounds[0])}, or "
+        f"{text.number(bounds[0] / norms[0])} times the median norm. At the end "
+        f"({span(data, late)}) it is {text.number(bounds[1])}, or "
+        f"{text.number(bounds[1] / norms[1])} times. A spike would now pass."
     )
     return Finding("notice", "The threshold is no longer near the norms", detail)
 

@@ -26,8 +26,8 @@ def spikes(data: LogData) -> Finding | None:
     number, steps = text.count(len(rows), "spike"), text.steps(data.step[rows])
     detail = (
         f"{capital(steps)} had {'a norm' if len(rows) == 1 else 'norms'} at least "
-        f"{stats.SPIKE:g} times as large as in the steps around. "
-        f"{'It' if len(rows) == 1 else 'Compared with these, the largest'} was "
+        f"{stats.SPIKE:g} times as large as in the steps around "
+        f"{'it: ' if len(rows) == 1 else 'them: up to '}"
         f"{text.number(times[worst])} times as large"
     )
     detail += "." if len(rows) == 1 else f", at step {data.step[rows[worst]]}."
@@ -39,11 +39,12 @@ def spikes(data: LogData) -> Finding | None:
         title = f"{number} reached the optimizer"
     else:
         title = f"{passed.sum():,} of {number} reached the optimizer"
-        detail += f" Not held: {text.steps(data.step[rows][passed])}."
-    lower = f"The clip left the norm at {stats.SPIKE:g} times the usual one or more. A "
-    lower += "lower threshold would cut such spikes down to an ordinary size"
+        detail += f" Not held back: {text.steps(data.step[rows][passed])}."
+    lower = "Even after the clip the norm was at least "
+    lower += f"{stats.SPIKE:g} times the usual norm. A lower threshold would cut such "
+    lower += "spikes down to an ordinary size"
     if np.isinf(data.threshold[rows[passed]]).all():
-        lower = "No threshold bounded them. A fixed one would cut such spikes down"
+        lower = "There was no threshold. A fixed one would cut such spikes down"
     adaptive = "; so would one that adapts, such as clip_by_percentile."
     detail += f" {lower}{'.' if stats.moves(data) else adaptive}"
     return Finding("problem", title, detail, at(data.step[rows[passed]]))
@@ -71,7 +72,7 @@ def dominating_leaf(data: LogData) -> Finding | None:
         detail = (
             f"In {text.share(float(often[leaf]))} of the steps "
             f"{data.leaf_names[leaf]} holds more than {text.share(DOMINANT)} of the "
-            "squared norm: a clip of the global norm sees little else. Clip this "
+            "squared norm, so a clip of the global norm sees little else. Clip this "
             "parameter by itself, or every parameter by its own norm."
         )
         return Finding("notice", "One parameter dominates the norm", detail)

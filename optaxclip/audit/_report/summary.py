@@ -104,7 +104,7 @@ def _healthy(data: LogData) -> Finding:
         f"{'was' if s.clipped == 1 else 'were'} clipped and {s.skipped:,} skipped."
     )
     if s.steps < 2 * stats.FEWEST:
-        detail += " So few steps tell little."
+        detail += " That is too few steps to say more."
         return Finding("fine", "Nothing stands out yet", detail)
     return Finding("fine", "The run looks healthy", detail)
 
@@ -118,7 +118,8 @@ def _record(data: LogData) -> list[Finding]:
         parts.append(f"{text.count(lost, 'step')} missing: {gaps}{more}")
     if data.unsure_before:
         parts.append(
-            f"steps before {data.unsure_before} may be of a run that was taken back"
+            f"rows of steps before {data.unsure_before} may belong to a part of the "
+            "run that was repeated from a checkpoint"
         )
     title = "The record is not complete" if parts else _restarted(data)
     if data.restarts:

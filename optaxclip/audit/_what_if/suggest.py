@@ -52,25 +52,25 @@ def suggest(norms: Norms, optimizer: str = "") -> Suggestions:
     nothing to choose; its reason says what it would have done in this run.
 
     The *fixed* threshold is the median of the norms. Among fixed multiples of the
-    median it is the one whose worst result was best: larger ones let the first, large
-    gradients into Adam's second moment, and smaller ones slow SGD down.
+    median it is the one whose worst result was best. Larger ones let the large
+    gradients of the first steps into Adam's second moment, and smaller ones slow SGD
+    down.
 
-    Two tests make *remarks*. A series of fewer than 100 norms is too short for advice;
-    of fewer than 1,000 a remark says between which norms the median lies with 95%
-    confidence. And a series is not stationary if the medians of its four quarters
-    differ by more than a factor of 1.5: too much for one fixed threshold to fit all of
-    it.
+    Two tests make *remarks*. Fewer than 100 norms are too few for advice. With fewer
+    than 1,000, a remark says between which two norms the median lies with 95%
+    confidence. And the norms drift if the medians of the four quarters of the run
+    differ by more than a factor of 1.5: then no fixed threshold fits all of it.
 
     Args:
       norms: A log, as a path or as :func:`read` returns it; or an array of shape
         (steps,), before clipping. Zeros, NaN and infinity are left out.
       optimizer: A text that names the optimizer, such as ``"adamw"`` or
-        ``"chain(clip, sgd)"``. By default what the log says of it. The reason
-        for the fixed threshold says what to expect of it; of none, or an unknown one,
-        it says what holds with Adam and with SGD.
+        ``"chain(clip, sgd)"``. By default, what the log says about it. The
+        reason for the fixed threshold says what to expect with this optimizer. If
+        the optimizer is unknown, it says what to expect with Adam and with SGD.
 
     Returns:
-      :class:`Suggestions`, with a sentence of reasons each.
+      :class:`Suggestions`, each with its reason.
 
     Raises:
       ValueError: no norm is finite and above 0, or one is negative.
@@ -134,7 +134,7 @@ def _fixed(norms: np.ndarray, optimizer: str) -> Suggestion:
         rule=f"constant:{threshold}",
         reason=(
             f"The median of the norms; it clips {clipped} of the steps of this run. "
-            "On eleven trainings the median was at most 1.9% worse than the best of "
+            "On eleven tasks the median was at most 1.9% worse than the best of "
             f"nine fixed thresholds. {advice}"
         ),
     )
@@ -149,7 +149,7 @@ def _percentile(norms: np.ndarray) -> Suggestion:
         reason=(
             "There is nothing to choose: the threshold is 1.5 times the 10th "
             "percentile of the last 1,000 norms, and rises to that over the first 100 "
-            "steps. On eleven trainings it was at most 3.3% worse than the best of "
+            "steps. On eleven tasks it was at most 3.3% worse than the best of "
             "nine fixed thresholds, and 0.2% on average. It would have clipped "
             f"{clipped} of the steps of this run and multiplied them by "
             f"{float(np.mean(replayed.scales)):.2f} on average."
@@ -161,8 +161,9 @@ def _remarks(norms: np.ndarray) -> list[str]:
     remarks = []
     if len(norms) < SHORT:
         remarks.append(
-            f"{text.count(len(norms), 'norm')} are too few: a run shows its usual norm "
-            f"after {SHORT} steps or more. Record more before you trust these numbers."
+            f"{text.count(len(norms), 'norm')} {'is' if len(norms) == 1 else 'are'} "
+            f"too few: a run shows its usual norm after {SHORT} steps or more. Record "
+            "more before you trust these numbers."
         )
     elif len(norms) < ENOUGH:
         low, high = confidence(norms, 0.5)
