@@ -31,6 +31,7 @@ def quick(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_quick_study_goes_on_where_it_was_stopped(tmp_path):
     quick(tmp_path)
     first = json.loads((tmp_path / "out.json").read_text())
