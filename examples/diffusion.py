@@ -10,9 +10,14 @@ digits from nothing but noise. Activations are bfloat16, and so are the gradient
 are taken with respect to a bfloat16 copy of the parameters, which themselves stay
 float32. What draws is an average of the parameters over the last steps.
 
-One batch arrives with its pixels a thousand times too large, as if
-somebody had forgotten to normalize it. Every optimizer meets the same model, the same
-data and the same bad batch.
+One batch arrives with its pixels a thousand times too large, as if somebody had
+forgotten to normalize it. Every optimizer meets the same model, the same data and the
+same bad batch. With `--seeds 3` it ends so:
+
+clip           loss before bad      just after           final  clipped  skipped  largest norm
+none             0.237 ± 0.002   0.313 ± 0.009   0.211 ± 0.001     0.0%      0.0         491.7
+global 1         0.236 ± 0.001   0.230 ± 0.001   0.203 ± 0.001     0.4%      0.0         492.8
+percentile       0.231 ± 0.001   0.226 ± 0.001   0.204 ± 0.001     4.6%      0.0         518.3
 
 A name ends in the axes of its array: B batch, N images, P pixels, D width, F waves,
 S seeds, V validations.
