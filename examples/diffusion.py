@@ -14,10 +14,10 @@ One batch arrives with its pixels a thousand times too large, as if somebody had
 forgotten to normalize it. Every optimizer meets the same model, the same data and the
 same bad batch. With `--seeds 3` it ends so:
 
-clip           loss before bad      just after           final  clipped  skipped  largest norm
-none             0.237 ± 0.002   0.313 ± 0.009   0.211 ± 0.001     0.0%      0.0         491.7
-global 1         0.236 ± 0.001   0.230 ± 0.001   0.203 ± 0.001     0.4%      0.0         492.8
-percentile       0.231 ± 0.001   0.226 ± 0.001   0.204 ± 0.001     4.6%      0.0         518.3
+clip       loss before bad     just after          final  clipped  skipped  largest norm
+none         0.237 ± 0.002  0.313 ± 0.009  0.211 ± 0.001     0.0%      0.0         491.7
+global 1     0.236 ± 0.001  0.230 ± 0.001  0.203 ± 0.001     0.4%      0.0         492.8
+percentile   0.231 ± 0.001  0.226 ± 0.001  0.204 ± 0.001     4.6%      0.0         518.3
 
 A name ends in the axes of its array: B batch, N images, P pixels, D width, F waves,
 S seeds, V validations.
@@ -308,7 +308,7 @@ class Runs:
 
 
 HEADER = (
-    "clip           loss before bad      just after           final"
+    "clip       loss before bad     just after          final"
     "  clipped  skipped  largest norm"
 )
 
@@ -326,7 +326,7 @@ def table(config: Config, runs: dict[str, Runs]) -> str:
         skipped = np.mean([log.skipped.sum() for log in run.logs])
         norm = max(log.norm[np.isfinite(log.norm)].max() for log in run.logs)
         lines.append(
-            f"{name:<12}{before:>18}{just_after:>16}{final:>16}"
+            f"{name:<11}{before:>15}{just_after:>15}{final:>15}"
             f"{clipped:>9.1%}{skipped:>9.1f}{norm:>14.4g}"
         )
     return "\n".join(lines)
