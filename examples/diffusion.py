@@ -13,7 +13,12 @@ last steps.
 
 One batch has pixels that are a thousand times too large, as if somebody had forgotten
 to normalize it. Every optimizer gets the same model, the same data and the same bad
-batch.
+batch. With `--seeds 3`, this is the result:
+
+clip       loss before bad     just after          final  clipped  skipped  largest norm
+none         0.237 ± 0.002  0.313 ± 0.009  0.211 ± 0.001     0.0%      0.0         491.7
+global 1     0.236 ± 0.001  0.230 ± 0.001  0.203 ± 0.001     0.4%      0.0         492.8
+percentile   0.231 ± 0.001  0.226 ± 0.001  0.204 ± 0.001     4.6%      0.0         518.3
 
 The suffix of a name lists the axes of its array: B batch, N images, P pixels, D width,
 F waves, S seeds, V validations.
@@ -304,7 +309,7 @@ class Runs:
 
 
 HEADER = (
-    "clip           loss before bad      just after           final"
+    "clip       loss before bad     just after          final"
     "  clipped  skipped  largest norm"
 )
 
@@ -322,7 +327,7 @@ def table(config: Config, runs: dict[str, Runs]) -> str:
         skipped = np.mean([log.skipped.sum() for log in run.logs])
         norm = max(log.norm[np.isfinite(log.norm)].max() for log in run.logs)
         lines.append(
-            f"{name:<12}{before:>18}{just_after:>16}{final:>16}"
+            f"{name:<11}{before:>15}{just_after:>15}{final:>15}"
             f"{clipped:>9.1%}{skipped:>9.1f}{norm:>14.4g}"
         )
     return "\n".join(lines)

@@ -13,6 +13,13 @@ no other moments.
 In a few batches one sequence counts a thousand times, as if a file of examples had
 counts where weights should be. Every clip gets the same base, batches and outliers.
 
+With `--seeds 3` it ends so:
+
+clip        loss before     after         clipped  largest norm
+none              3.205     2.705 ± 0.048     0.0%         238.1
+global 1          3.205     2.309 ± 0.009     1.0%         136.0
+percentile        3.205     2.269 ± 0.009    43.7%         128.0
+
 Without NNX, `optax.partition({"adapter": tx, "base": optax.set_to_zero()}, labels)`
 does the same: a clip within it measures the leaves of its label.
 
