@@ -12,9 +12,16 @@ Image Recognition Without Normalization", 2021): it limits the gradient of each 
 a fraction of the unit's weights. All devices share a batch under `pmap`; the gradients
 are averaged before the clip sees them.
 
-Now and then a batch is broken: its pixels were not scaled to [0, 1]. As its authors
-advise, `agc` does not clip the last layer. The gradient of that layer therefore passes
-unclipped in a broken batch. The last column of the table shows how large it is.
+Now and then a batch is broken: its pixels were not scaled to [0, 1]. The authors of
+adaptive clipping leave the last layer unclipped, and a broken batch would pass through
+it. So `agc` clips the gradient of that layer to a fixed norm. With the defaults, this
+is the result:
+
+clip        validation loss     wrong answers  clipped  skipped  largest norm     after
+none              nan ± nan      97.2% ± 4.9%     0.0%      0.0      4.61e+32  4.61e+32
+global 1      0.041 ± 0.019       1.4% ± 0.3%    20.0%      0.0           239         1
+percentile    0.046 ± 0.020       1.9% ± 1.1%    72.0%      0.0      1.14e+03      1.01
+agc           0.040 ± 0.012       1.1% ± 0.2%    99.1%      0.0           215      1.28
 
 The suffix of a name lists the axes of its array: D devices, B batch, N examples, H
 height, W width, C channels, K classes.
@@ -26,6 +33,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import operator
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +60,7 @@ class Config:
     clip: str = "none,global,percentile,agc"  # runs to make, from CLIPS
     seeds: int = 3  # repeat every run with this many seeds
     broken_every: int = 40  # every so many-th batch is broken; 0: none
-    max_norm: float = 1.0  # global: largest norm of the whole gradient
+    max_norm: float = 1.0  # global: largest norm; agc: that of the last layer
     clipping: float = 0.04  # agc: gradient of a unit, as a share of its weights
     # The training.
     steps: int = 150  # optimizer steps of a run
@@ -80,7 +88,7 @@ def read_config() -> Config:
 # --- clips ----------------------------------------------------------------------------
 
 
-def sgd(config: Config, clip: optax.GradientTransformation) -> Any:
+def sgd(config: Config, clip: Any, clip_of_the_head: Any = None) -> Any:
     """SGD behind a clip, and two gauges of the global norm around the clip.
 
     The gradients are averages over all devices before they get here, the same on each.
@@ -90,16 +98,26 @@ def sgd(config: Config, clip: optax.GradientTransformation) -> Any:
     return optax.named_chain(
         ("before", gauge),
         ("clip", clip),
+        ("head", clip_of_the_head or optax.identity()),
         ("after", gauge),
         ("sgd", optax.sgd(config.rate, config.momentum)),
     )
 
 
-def all_but_the_head(params: Any) -> Any:
-    """True for every leaf that adaptive gradient clipping bounds."""
-    return jax.tree.map_with_path(
-        lambda path, _: "head" not in jax.tree_util.keystr(path), params
-    )
+def agc(config: Config) -> Any:
+    """Adaptive gradient clipping, but of the last layer, which has a fixed bound."""
+
+    def is_head(params: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: "head" in jax.tree_util.keystr(path), params
+        )
+
+    def is_body(params: Any) -> Any:
+        return jax.tree.map(operator.not_, is_head(params))
+
+    body = optaxclip.adaptive_grad_clip(config.clipping, axis_name=())
+    head = optaxclip.clip_by_global_norm(config.max_norm, axis_name=())
+    return sgd(config, optax.masked(body, is_body), optax.masked(head, is_head))
 
 
 # A line a run: from the configuration to the optimizer.
@@ -113,13 +131,7 @@ CLIPS = {
     "skip": lambda c: optaxclip.skip_nonfinite(
         sgd(c, optaxclip.clip_by_percentile(axis_name=())), axis_name=()
     ),
-    # To bound the last layer, too, put a clip of the global norm behind this one.
-    "agc": lambda c: sgd(
-        c,
-        optax.masked(
-            optaxclip.adaptive_grad_clip(c.clipping, axis_name=()), all_but_the_head
-        ),
-    ),
+    "agc": agc,
 }
 
 
@@ -318,7 +330,7 @@ def save(rows: list[dict[str, Any]], path: Path) -> None:
 
 HEADER = (
     "clip        validation loss     wrong answers  clipped  skipped"
-    "  largest norm  after"
+    "  largest norm     after"
 )
 
 
@@ -334,8 +346,8 @@ def table(runs: Runs) -> str:
         skipped = np.mean([row.get("skip_count", 0) for row in last])
         lines.append(
             f"{name:<11}{spread(losses, '.3f'):>16}{spread(errors, '.1%'):>18}"
-            f"{clipped:>9.1%}{skipped:>9.1f}{largest(repeats, 'before'):>14.1f}"
-            f"{largest(repeats, 'after'):>7.1f}"
+            f"{clipped:>9.1%}{skipped:>9.1f}{largest(repeats, 'before'):>14.3g}"
+            f"{largest(repeats, 'after'):>10.3g}"
         )
     return "\n".join(lines)
 
@@ -395,6 +407,7 @@ def draw_norms(axes: Any, name: str, rows: Any, color: str) -> None:
         norms = np.where(np.isfinite(norms), norms, np.nan)
         axes.plot(steps, norms, label=f"{gauge} the clip", **style)
     axes.set(yscale="log", xlabel="step", ylabel="norm of the gradient", title=name)
+    axes.set(ylim=(1e-3, 1e4))  # without a clip it leaves this window
     axes.legend(fontsize="small")
 
 
