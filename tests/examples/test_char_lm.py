@@ -45,6 +45,7 @@ def run(arguments: str, out: Path, devices: int = 1) -> dict[str, list[str]]:
 
 
 # One test: each part needs all the runs, and workers do not share them.
+@pytest.mark.slow
 def test_every_clip_meets_the_same_batches_and_holds_its_threshold(tmp_path):
     table = run("--clip none,global,value,leaf", tmp_path)
     assert list(table) == ["none", "global 1", "value", "leaf"]

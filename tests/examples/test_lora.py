@@ -92,6 +92,7 @@ def lora(monkeypatch):
     return importlib.import_module("lora")
 
 
+@pytest.mark.slow
 def test_adapters_change_nothing_at_first_and_then_leave_the_base_alone(lora):
     config = lora.Config(context=16, depth=1, heads=2, width=16, rank=2, batch=4)
     base = lora.new_base(config)

@@ -47,6 +47,7 @@ def columns(out: Path, clip: str, length: int = 10) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_table_metrics_logs_and_cliff_tell_the_same(tmp_path):
     done = run("--clip none,global,percentile --max-norm 0.3", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -50,11 +50,9 @@ def sharded_loss(model, x):
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 MESHES = [
-    (EXPLICIT, 8, "clip_by_percentile"),
     (EXPLICIT, 8, "clip_by_percentile(leaf)"),
     (EXPLICIT, 4, "clip_by_block_rms"),
     (EXPLICIT, 8, "adaptive_grad_clip"),
-    (EXPLICIT, 8, "clip_by(unit_norm, tracked_quantile)"),
     (AUTO, 8, "clip_by_leaf_norm"),
     (AUTO, 4, "adaptive_grad_clip"),
 ]
