@@ -66,14 +66,16 @@ TRANSFORMS = {
 
 # One of each kind of norm and of state, for what cannot tell others apart: loops of
 # training libraries, wrappers, trees with holes.
-KINDS = (
-    "clip_by_value",
-    "clip_by_global_norm",
-    "adaptive_grad_clip",
-    "clip_by_percentile(leaf)",
-    "zclip",
-)
-KINDS = {name: TRANSFORMS[name] for name in KINDS}
+ONE_OF_EACH = {
+    name: TRANSFORMS[name]
+    for name in (
+        "clip_by_value",
+        "clip_by_global_norm",
+        "adaptive_grad_clip",
+        "clip_by_percentile(leaf)",
+        "zclip",
+    )
+}
 
 # name -> (a function of numbers that may be traced, such numbers). A new rule gets a
 # row here, and with it every contract test of rules. Warm-ups are of 10 norms at most.
@@ -154,6 +156,24 @@ def model(dtype: Any) -> Any:
     }
 
 
+def of_all_kinds() -> Any:
+    """Gradients of every rank in every container, and leaves that are none."""
+    return {
+        "nested": [Group(array(4, 2), (array(2), {"c": array()}))],
+        "frozen": flax.core.freeze({"kernel": array(3, 2), "bias": array(2)}),
+        "scalars": (array(), array(dtype=jnp.bfloat16, seed=1)),
+        "zero-size": array(0, 3),
+        "nothing": (),
+        "None": None,
+        "MaskedNode": optax.MaskedNode(),
+        "integer": jnp.arange(3),
+        "bool": jnp.array([True, False]),
+        "key": jax.random.key(0),
+        "float0": np.zeros((2,), jax.dtypes.float0),
+        "_overwrite_with_gradient": {"scale": array(1)},
+    }
+
+
 # name -> (does it need x64, a function that makes it). Each costs a compiled program
 # for every clip, so what cannot fail apart stands in one tree.
 TREES = {
@@ -178,30 +198,12 @@ TREES = {
             array(3, dtype=jnp.complex128),
         ],
     ),
-    "of all kinds": (False, lambda: of_all_kinds()),
+    "of all kinds": (False, of_all_kinds),
     "one array": (False, lambda: array(7)),
     "only zero-size": (False, lambda: {"none": array(0, 3)}),
     "only integers": (False, lambda: {"integer": jnp.arange(3)}),
     "empty": (False, dict),
 }
-
-
-def of_all_kinds() -> Any:
-    """Gradients of every rank in every container, and leaves that are none."""
-    return {
-        "nested": [Group(array(4, 2), (array(2), {"c": array()}))],
-        "frozen": flax.core.freeze({"kernel": array(3, 2), "bias": array(2)}),
-        "scalars": (array(), array(dtype=jnp.bfloat16, seed=1)),
-        "zero-size": array(0, 3),
-        "nothing": (),
-        "None": None,
-        "MaskedNode": optax.MaskedNode(),
-        "integer": jnp.arange(3),
-        "bool": jnp.array([True, False]),
-        "key": jax.random.key(0),
-        "float0": np.zeros((2,), jax.dtypes.float0),
-        "_overwrite_with_gradient": {"scale": array(1)},
-    }
 
 
 def is_gradient(path: Any, leaf: Any) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import KINDS, TRANSFORMS, array
+from cases import ONE_OF_EACH, TRANSFORMS, array
 from flax import nnx
 
 import optaxclip
@@ -25,7 +25,7 @@ def optimizer():
 
 OPTIMIZERS = {
     name: lambda make=make: optax.chain(make(0.5), optimizer())
-    for name, make in KINDS.items()
+    for name, make in ONE_OF_EACH.items()
 } | {
     "adagc()": lambda: optax.chain(optaxclip.adagc(warmup=3), optimizer()),
     "skip_nonfinite": lambda: optaxclip.skip_nonfinite(

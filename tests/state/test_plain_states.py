@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import KINDS, TRANSFORMS, assert_same_bits
+from cases import ONE_OF_EACH, TRANSFORMS, assert_same_bits
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import optaxclip
 
 every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
-every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+every_kind = pytest.mark.parametrize("make", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
 PARAMS = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "scale": 0.5}
 PARAMS = jax.tree.map(jnp.asarray, PARAMS)
 LOW = 0.05
@@ -137,7 +137,7 @@ def test_equinox_freezes_layers_its_own_way():
         lambda tree: (tree.layers[-1].weight, tree.layers[-1].bias), spec, (True, True)
     )
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for make in KINDS.values():
+        for make in ONE_OF_EACH.values():
             tx = optax.chain(make(LOW), optax.sgd(0.1))
             state = tx.init(eqx.filter(model, eqx.is_inexact_array))
             trained, frozen = eqx.partition(model, spec)
