@@ -53,6 +53,7 @@ OPTIMIZED = {
     "test_checkpoints",  # another process goes on bit for bit
     "test_measure",
     "test_parity",
+    "test_processes",  # the others are optimized
     "test_sharded_jit",  # equal to rounding
 }
 
