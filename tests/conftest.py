@@ -30,6 +30,21 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves the slow ones out
+def pytest_collection_modifyitems(items):
+    """Of a test marked `sample(n)`, n variants run by default; the others are slow."""
+    marked = [item for item in items if item.get_closest_marker("sample")]
+    for _, group in itertools.groupby(
+        marked, lambda item: (item.path, item.originalname)
+    ):
+        variants = list(group)
+        n, last = variants[0].get_closest_marker("sample").args[0], len(variants) - 1
+        chosen = {(2 * i + 1) * (last + 1) // (2 * n) for i in range(n)}
+        for i, item in enumerate(variants):
+            if i not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
 MAPS, MOST, finished = Path("/proc/self/maps"), 30_000, itertools.count(1)
 
 
@@ -50,10 +65,8 @@ OPTIMIZED = {
     "norms",
     "thresholds",
     "test_budget",
-    "test_checkpoints",  # another process goes on bit for bit
     "test_measure",
     "test_parity",
-    "test_processes",  # the others are optimized
     "test_sharded_jit",  # equal to rounding
 }
 

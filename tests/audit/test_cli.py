@@ -559,6 +559,7 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.sample(4)
 def test_numbers_of_float64_never_end_in_a_traceback(
     capsys, monkeypatch, tmp_path, name
 ):

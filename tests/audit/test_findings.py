@@ -61,6 +61,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", runs.RUNS)
+@pytest.mark.sample(4)
 def test_a_run_is_known_by_its_findings(name, tmp_path, monkeypatch):
     data = runs.RUNS[name](tmp_path / "run.jsonl")
     titles, detail = EXPECTED[name]
@@ -234,6 +235,7 @@ def test_whether_a_threshold_moves(thresholds, expected, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["healthy", "never clipped"])
+@pytest.mark.sample(1)
 def test_by_the_logs_of_real_clips(name, tmp_path):
     data = runs.RUNS[name](tmp_path / "run.jsonl")
     assert stats.moves(data) == (name == "healthy")

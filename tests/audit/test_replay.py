@@ -97,6 +97,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.sample(4)
 def test_a_replay_is_the_clip_bit_for_bit(name):
     norms = series()
     tx = optaxclip.clip_by(optaxclip.global_norm, RULES[name])
@@ -469,6 +470,7 @@ def test_texts_of_rules(text, rule):
         "zclip(2.5, warmup=5, max_norm=2)",
     ],
 )
+@pytest.mark.sample(3)
 def test_a_clip_stands_for_its_rule(call):
     rule, norms = parse_rule(call), series()
     tx = eval(

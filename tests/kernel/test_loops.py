@@ -255,6 +255,7 @@ def test_the_plain_loop_clips_some_steps(name):
 @pytest.mark.parametrize(
     "loop", [donated, flax_nnx, flax_linen, equinox], ids=lambda f: f.__name__
 )
+@pytest.mark.sample(1)
 def test_every_loop_gives_what_the_plain_loop_gives(loop):
     params, reports = loop(all_at_once())
     expected_params, expected_reports = expected()

@@ -118,6 +118,7 @@ def on_one_device(name):
 
 
 @every_transform
+@pytest.mark.sample(3)
 def test_the_reference_decides_both_ways(name):
     """Else the tests below would compare nothing."""
     _, report = on_one_device(name)[-1]
@@ -131,6 +132,7 @@ def test_the_reference_decides_both_ways(name):
 
 
 @every_transform
+@pytest.mark.sample(1)
 def test_pmap_and_pmean(name):
     tx = TRANSFORMS[name](axis_name=())  # averaged, so whole on every device
 
@@ -156,6 +158,7 @@ def test_pmap_and_pmean(name):
 
 
 @every_transform
+@pytest.mark.sample(1)
 def test_shard_map(name):
     """Gradients of whole parameters are summed over the devices by autodiff."""
     tx = TRANSFORMS[name]()
@@ -225,6 +228,7 @@ def placed(mesh, spec, tree):
 
 @every_transform
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.sample(2)
 def test_jit_with_a_sharded_batch(name, kind):
     tx = TRANSFORMS[name]()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
@@ -251,6 +255,7 @@ def specs_of(tx, state, params):
 
 @every_transform
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.sample(2)
 def test_jit_with_sharded_parameters_and_state(name, kind):
     tx = TRANSFORMS[name]()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
@@ -285,6 +290,7 @@ def test_jit_with_sharded_parameters_and_state(name, kind):
 
 
 @every_transform
+@pytest.mark.sample(1)
 def test_shard_map_with_sharded_parameters_and_state(name):
     """Gathered for the loss; the gradient of that is summed and scattered."""
     tx = TRANSFORMS[name]()

@@ -31,7 +31,14 @@ def start():
 
     def start(*arguments):
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            # As in this process: it must come to the same bits.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(
+                jax.config.jax_disable_most_optimizations
+            ),
+        }
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), *map(str, arguments)],
             env=environment,

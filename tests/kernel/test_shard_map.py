@@ -69,11 +69,13 @@ def cases(names):
 
 
 @pytest.mark.parametrize(("name", "shape", "specs"), cases(OF_LEAVES))
+@pytest.mark.sample(4)
 def test_types_say_what_is_a_share(name, shape, specs):
     assert_same_run(run_mapped(EVERY[name](THRESHOLD), shape, specs), name)
 
 
 @pytest.mark.parametrize(("name", "shape", "specs"), cases(MEASURING))
+@pytest.mark.sample(2)
 def test_axis_name_says_what_is_a_share(name, shape, specs):
     tx = EVERY[name](THRESHOLD, axis_name=names(specs))
     assert_same_run(run_mapped(tx, shape, specs, check_vma=False), name)
@@ -108,6 +110,7 @@ def joined(tree, specs):
 
 @pytest.mark.parametrize("over", [jax.pmap, jax.vmap])
 @pytest.mark.parametrize("name", MEASURING)
+@pytest.mark.sample(4)
 def test_pmap_and_vmap_with_shares(name, over):
     tx = EVERY[name](THRESHOLD, axis_name=names(ONE_AXIS))
     params, params_axes = split(parameters(), ONE_AXIS)
@@ -129,6 +132,7 @@ def assert_bitwise_equal(copies):
 @pytest.mark.parametrize(
     "name", ["clip_by_percentile", "clip_by_percentile(leaf)", "zclip", "skip_spikes"]
 )
+@pytest.mark.sample(2)
 def test_a_thousand_steps_leave_the_same_bits_on_all_devices(name):
     """Of the state, whose copies nothing keeps together but the same decisions."""
     tx, on = EVERY[name](THRESHOLD, axis_name="x"), mesh(KINDS["auto"], 8)
@@ -197,6 +201,7 @@ WARNED = {
 
 @pytest.mark.parametrize("where", BLIND)
 @pytest.mark.parametrize("name", WARNED)
+@pytest.mark.sample(3)
 def test_one_warning_where_nobody_said_what_is_a_share(name, where):
     def step(tx, x):
         state = tx.init(x)
@@ -372,6 +377,7 @@ def test_axis_names_of_whole_leaves_change_nothing_where_types_tell():
 @pytest.mark.parametrize(
     ("norm", "ord"), [(optaxclip.global_norm, 2), (optaxclip.leaf_norm, np.inf)]
 )
+@pytest.mark.sample(1)
 def test_derivatives_through_a_clip_of_shares(norm, ord):
     """Each device's part of the derivative is that of one device."""
     tx = optaxclip.clip_by(functools.partial(norm, ord=ord), 0.5)

@@ -171,6 +171,7 @@ def test_a_norm_at_its_threshold_is_no_skip():
         (optaxclip.global_norm, optax.chain(optaxclip.constant(5.0), optax.scale(10))),
     ],
 )
+@pytest.mark.sample(4)
 def test_any_norm_and_any_rule_and_one_norm_is_enough(norm, threshold):
     if isinstance(threshold, dict):
         rules = {k: optaxclip.constant(t) for k, t in threshold.items()}
@@ -337,6 +338,7 @@ def tree(request):
         yield make_tree()
 
 
+@pytest.mark.sample(3)
 def test_every_kind_of_tree(tree):
     """A clip inside, as it takes every tree; all trees with a gradient are spikes."""
     inner = optaxclip.clip_by_global_norm(LOW)
@@ -426,6 +428,7 @@ def test_another_tree_structure():
         ),
     ],
 )
+@pytest.mark.sample(1)
 def test_jit_scan_and_vmap_agree(make):
     tx = make()
     steps = [*norms(1, 1, 1.01, 50, 1), spoilt(np.nan), *norms(0.9)]
@@ -693,6 +696,7 @@ def test_nnx_optimizer():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("whole", [False, True], ids=["skip_by", "guarded_step"])
+@pytest.mark.sample(2)
 def test_sharded_over_eight_devices(kind, whole):
     """A bad element on one device makes all of them skip; the rest is as on one."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))

@@ -33,6 +33,7 @@ def reference(arrays, ord, axis=None):
 
 @pytest.mark.parametrize("ord", ORDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.sample(8)
 def test_norms_equal_numpy(dtype, ord):
     tree = model(dtype)
     leaves = jax.tree.leaves(tree)
@@ -153,6 +154,7 @@ def test_nothing_has_norm_zero(ord):
         optaxclip.leaf_rms,
     ],
 )
+@pytest.mark.sample(3)
 def test_slopes_equal_finite_differences(norm, dtype):
     tree = {"a": array(4, 3, dtype=dtype), "b": array(4, dtype=dtype)}
     direction = {

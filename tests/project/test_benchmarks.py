@@ -55,6 +55,7 @@ def record(request, tmp_path_factory):
     return json.loads(out.with_suffix(".json").read_text()), fields
 
 
+@pytest.mark.sample(1)
 def test_a_benchmark_records_where_it_ran_and_what_it_measured(record):
     written, fields = record
     where = written["environment"]

@@ -91,6 +91,7 @@ def loggers(monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
+@pytest.mark.sample(6)
 def test_the_python_blocks_of_a_page_run_in_order(page, loggers, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # pages write to `runs/`
     monkeypatch.setitem(sys.modules, "page", types.ModuleType("page"))

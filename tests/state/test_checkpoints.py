@@ -117,7 +117,12 @@ def both(tmp_path_factory):
             uninterrupted[name] = half_a_run(name)(*halfway[name], HALF)
     with ocp.CheckpointManager(path) as checkpoints:
         checkpoints.save(HALF, args=ocp.args.StandardSave(halfway))
-    found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # `cases`, too
+    found = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),  # `cases`, too
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(
+            jax.config.jax_disable_most_optimizations
+        ),
+    }
     subprocess.run([sys.executable, __file__, path], check=True, env=found, timeout=600)
     with np.load(path / "resumed.npz") as arrays:
         resumed = {
@@ -149,6 +154,7 @@ FLAX = ADAPTIVE | {
 
 
 @pytest.mark.parametrize("make", FLAX.values(), ids=FLAX)
+@pytest.mark.sample(2)
 def test_flax_serialization_of_a_train_state(make):
     tx = make()
     extra = {"loss": jnp.float32(1.0)}

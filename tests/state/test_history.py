@@ -119,6 +119,7 @@ def test_the_loss_is_recorded_and_a_step_skipped_for_it_keeps_its_norm():
 
 
 @pytest.mark.parametrize(("where", "length"), [("inside", 10), ("outside", 2)])
+@pytest.mark.sample(1)
 def test_micro_batches_are_no_steps(where, length):
     """Nor do they overwrite the oldest row of a full buffer."""
 
@@ -185,6 +186,7 @@ MAPS = ["jit", "explicit", "shard_map", "pmap"]
 
 
 @pytest.mark.parametrize("where", MAPS)
+@pytest.mark.sample(1)
 def test_on_a_mesh_it_records_what_one_device_would(where):
     def of(axis_name):
         skip = optaxclip.skip_nonfinite(clip_and_step(axis_name), axis_name=axis_name)
@@ -252,6 +254,7 @@ CLIPS = {
 
 @pytest.mark.parametrize("leaf_norms", [False, True])
 @pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.sample(1)
 def test_it_reads_no_gradient_again_and_calls_nobody_back(name, leaf_norms):
     params = gpt_like(jnp.float32)
     grad_bytes = sum(4 * x.size for x in jax.tree.leaves(params))

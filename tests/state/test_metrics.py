@@ -208,6 +208,7 @@ def test_names(make, prefixes):
 
 
 @pytest.mark.parametrize("make", [CLIP, optaxclip.clip_by_leaf_norm])
+@pytest.mark.sample(1)
 def test_inside_jit_scan_and_stacked_by_vmap_and_pmap(make):
     tx = optax.chain(make(1.0, axis_name=()), optax.trace(0.9))
     factors = jnp.arange(1.0, 5.0)

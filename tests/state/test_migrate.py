@@ -96,6 +96,7 @@ def from_optax():
 
 
 @every_transform
+@pytest.mark.sample(3)
 def test_from_a_clip_of_optax_the_optimizer_goes_on(make):
     new = optax.chain(make(HIGH), optimizer())
     old_state, expected = from_optax()
@@ -108,6 +109,7 @@ def test_from_a_clip_of_optax_the_optimizer_goes_on(make):
 
 
 @pytest.mark.parametrize("clip", OPTAX_CLIPS.values(), ids=OPTAX_CLIPS)
+@pytest.mark.sample(3)
 def test_from_every_clip_of_optax_and_from_none(clip):
     new = optaxclip.skip_spikes(optax.chain(percentile(), optimizer()))
     _, old_state = after(optax.chain(clip, optimizer()))
@@ -133,6 +135,7 @@ def test_from_apply_if_finite_by_what_it_holds():
 
 
 @every_transform
+@pytest.mark.sample(3)
 def test_what_stayed_the_same_is_kept_bit_for_bit(make):
     tx = optaxclip.skip_by(optax.chain(make(1.0), optimizer()), threshold=HIGH)
     _, old_state = after(tx)
@@ -238,6 +241,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.sample(2)
 def test_in_every_wrapper_from_every_kind_of_checkpoint(wrap, tmp_path):
     old, new, other = (
         standard(wrap(make))
@@ -273,6 +277,7 @@ def without_clips(state):
     "save", [nnx.state, lambda o: nnx.to_pure_dict(nnx.state(o))], ids=["state", "pure"]
 )
 @pytest.mark.parametrize("restore", [as_it_is, by_orbax])
+@pytest.mark.sample(1)
 def test_an_nnx_optimizer_goes_on_with_another_clip(save, restore, tmp_path):
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     measure = optaxclip.clip_by_leaf_norm(jnp.inf)  # a state with an empty field
@@ -327,6 +332,7 @@ def train(model, optimizer):
     ],
     ids=["pure", "by_orbax", "pure by_orbax"],
 )
+@pytest.mark.sample(1)
 def test_the_recipe_for_nnx_with_sharded_parameters(save_and_restore, kind, tmp_path):
     with jax.set_mesh(jax.make_mesh((4,), ("data",), axis_types=(kind,))):
         model, adam = Sharded(), standard(optax.adam(0.1))
@@ -493,6 +499,7 @@ def test_of_very_many_leaves_ten_are_named():
 
 
 @every_transform
+@pytest.mark.sample(3)
 def test_states_of_version_0_1_0_go_on(make, request):
     """Nested trees of norms, infinity for no bound, NaN for no loss: all taken over."""
     path = pathlib.Path(states_of_0_1_0.__file__).with_suffix(".msgpack")

@@ -35,6 +35,7 @@ STREAMS = {
 @pytest.mark.parametrize("include_current", [False, True])
 @pytest.mark.parametrize("window", [1, 7, 100, 1000])
 @pytest.mark.parametrize("q", [0, 0.5, 0.95, 1 / 3, 1])
+@pytest.mark.sample(6)
 def test_equals_numpy_at_every_step(q, window, include_current):
     """Partly filled, exactly filled and wrapped around, on every stream at once."""
     rule = quantile(q, window, include_current=include_current)

@@ -147,6 +147,7 @@ SPIKES = {
 
 
 @pytest.mark.parametrize(("name", "sigma"), SPIKES)
+@pytest.mark.sample(4)
 def test_spikes_and_a_second_one_soon_after(name, sigma):
     at = np.array([BEFORE, BEFORE + 50])
     norms = lognormal(sigma, BEFORE + 51)
@@ -169,6 +170,7 @@ def test_spikes_and_a_second_one_soon_after(name, sigma):
     ],
     ids=["default", "percentile", "percentile(leaf)", "autoclip", "median"],
 )
+@pytest.mark.sample(2)
 def test_a_burst_that_fits_moves_no_quantile_beyond_ordinary_norms(
     tx, multiple, tolerated
 ):
@@ -245,6 +247,7 @@ def test_bad_steps_leave_no_trace(name, where, bad):
 
 
 @pytest.mark.parametrize("name", [*CLIPS, *SKIPS])
+@pytest.mark.sample(4)
 def test_zeros_freeze_nothing(name):
     """One at step 1 and 100 in the middle: recovered from in 0 steps."""
     tx = (CLIPS | SKIPS)[name]
@@ -321,6 +324,7 @@ def share_of_adagc(sigma, ratio=1.05):
         "zclip",
     ],
 )
+@pytest.mark.sample(4)
 def test_the_share_of_clipped_steps_is_the_nominal_one(tx, sigma, nominal, bias):
     """Within four standard errors over the streams, and what the formula leaves out."""
     norms = lognormal(sigma, BEFORE + 4000)

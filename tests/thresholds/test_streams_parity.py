@@ -109,6 +109,7 @@ def zscores(norms, alpha=0.97, z_max=2.5, warmup=25):
         "max_norm",
     ],
 )
+@pytest.mark.sample(3)
 def test_a_clip_is_its_equation(tx, thresholds_of):
     norms = with_spikes(0.3, 1000)
     updates, states = scan(tx, -norms)  # a sign, which must stay
@@ -123,6 +124,7 @@ def test_a_clip_is_its_equation(tx, thresholds_of):
 
 
 @pytest.mark.parametrize("percentile", [0, 10, 50, 95, 100])
+@pytest.mark.sample(2)
 def test_autoclip_is_the_original_while_steps_fit_the_window(percentile):
     """Full history, this norm included; then the last norms only."""
     window = 300

@@ -42,6 +42,7 @@ def clipped_once(tx):
 
 @every_clip
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.sample(9)
 def test_every_type_of_number_means_the_same(make, number):
     expected, _ = clipped_once(make(1.0))
     for threshold in (number(), lambda step: number()):
@@ -66,6 +67,7 @@ def test_a_traced_number(make):
 
 @every_clip
 @pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.sample(4)
 def test_inject_hyperparams_on_bfloat16(make, scheduled):
     argument = {
         "clip_by_value": "max_value",
@@ -92,6 +94,7 @@ def test_inject_hyperparams_on_bfloat16(make, scheduled):
 
 
 @every_clip
+@pytest.mark.sample(3)
 def test_a_schedule_sees_the_number_of_earlier_updates(make):
     tx = make(lambda step: jnp.asarray([0.5, 0.25, 0.125])[step])
     state, thresholds = tx.init(PARAMS), []

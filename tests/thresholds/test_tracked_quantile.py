@@ -46,6 +46,7 @@ STREAMS = {  # (step, threshold) -> norm
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize(("q", "rate"), [(0.95, 0.05), (0.95, 0.001), (0.3, 0.01)])
+@pytest.mark.sample(17)
 def test_coverage_identity(q, rate, stream):
     """Share that passes = q - (theta_n - theta_0) / (rate n), norms chosen to harm."""
     first = 2.0

@@ -72,6 +72,7 @@ MODES = {
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 4e-6), ("float64", 1e-10)])
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sample(8)
 def test_options_reproduce_the_published_recursion(mode, sigma, dtype, rtol):
     norms = with_spikes(sigma).astype(dtype)
     answer, options = MODES[mode]
@@ -123,6 +124,7 @@ def scales_after_a_shift(rule, sigma, factor, steps=400):
 @pytest.mark.parametrize(
     ("factor", "within"), [(1.5, 10), (2, 20), (4, 35), (10, 50), (100, 85)]
 )
+@pytest.mark.sample(7)
 def test_it_recovers_from_a_lasting_rise(factor, within, sigma):
     # Averaged over the streams, at every step from then on.
     usual, scales = scales_after_a_shift(zscore(), sigma, factor)

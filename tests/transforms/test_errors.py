@@ -444,6 +444,7 @@ INJECTED = [
 
 
 @pytest.mark.parametrize(("call", "arguments"), INJECTED, ids=dict(INJECTED))
+@pytest.mark.sample(3)
 def test_inject_hyperparams_needs_no_static_args(call, arguments):
     tx = optax.inject_hyperparams(getattr(optaxclip, call))(*arguments)
     grads = jax.tree.map(lambda x: 10 * x, GRADS)

@@ -255,6 +255,7 @@ CLIPS = {
 
 @pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
 @pytest.mark.parametrize("init_scale", [2.0**15, 2.0**-10])
+@pytest.mark.sample(3)
 def test_thresholds_hold_true_gradients(clip, init_scale):
     """Bit for bit the steps of float32 gradients that were never scaled."""
     tx = optaxclip.dynamic_loss_scale(clip, init_scale, min_scale=2.0**-12)
@@ -295,6 +296,7 @@ def test_float16_gradients_are_widened_before_they_are_clipped():
 
 
 @pytest.mark.parametrize("name", TREES)
+@pytest.mark.sample(4)
 def test_every_kind_of_tree(name):
     needs_x64, make_tree = TREES[name]
     with jax.enable_x64(needs_x64):
@@ -543,6 +545,7 @@ def test_pmap_without_a_word_on_what_is_whole_warns_once():
     jax.default_backend() != "cpu", reason="the budgets are for programs of the CPU"
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+@pytest.mark.sample(1)
 def test_it_costs_what_a_skip_costs_and_makes_no_wide_copy_of_the_gradients(dtype):
     def cost(wrap):
         clip = optaxclip.clip_by_global_norm(1.0)
