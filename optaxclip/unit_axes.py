@@ -12,7 +12,7 @@ function               layout                                  used by
 :func:`by_rank`        guessed from the rank, as optax does    the default
 :func:`output_last`    ``(..., inputs, outputs)``              Flax, Haiku
 :func:`output_first`   ``(outputs, inputs, ...)``              Equinox, PyTorch
-:func:`stacked`        one more leading axis, of layers        `nn.scan`, `nnx.vmap`
+:func:`stacked`        one more leading axis, of layers        ``nn.scan``, ``nnx.vmap``
 :func:`flax`           as its layers have it, by their names   Flax with attention
 =====================  ======================================  =======================
 """

@@ -70,7 +70,7 @@ def standard_error(values_S: Array) -> float:
 def bootstrap(
     records: Mapping[str, Mapping[str, Any]], clip: str, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
-    """Worst and mean regret over tasks, each with its 95 % interval.
+    """Worst and mean regret over tasks, each with its 95% interval.
 
     Seeds are drawn again within each task, the same for the clip and the constants; the
     best constant and the best rates are chosen anew in every draw.

@@ -196,7 +196,7 @@ COMPARED = {
     DEFAULT: f"`{DEFAULT}`",
     PER_PARAMETER: "median, per parameter",
     "constant, 1 x median": "constant at the median",
-    "clip_by_global_norm(1.0)": "`clip_by_global_norm(1.0)`",
+    "clip_by_global_norm(1.0)": "constant 1.0",
     UNCLIPPED: "no clip",
 }
 

@@ -217,12 +217,13 @@ def clip_by(
         norms, thresholds = decision.norms, decision.thresholds
         with jax.debug_infs(False):  # of thresholds that do not bound
             scales = jax.tree.map(clip_scale, norms, thresholds)
+        placed = decision.place(thresholds), decision.place(scales)
+        _check_prefix(placed[0], gradients)
         clipped = jax.tree.map(
             lambda threshold, scale, under: jax.tree.map(
                 apply(threshold, scale), under
             ),
-            decision.place(thresholds),
-            decision.place(scales),
+            *placed,
             gradients,
         )
         metrics = ClipMetrics(norms, jax.tree.map(stored, thresholds), scales)
@@ -239,6 +240,17 @@ def clip_scale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
 
 def _is_one(scale: jax.Array) -> jax.Array:
     return scale >= 1
+
+
+def _check_prefix(norms: PyTree, gradients: PyTree) -> None:
+    try:
+        jax.tree.map(lambda norm, under: None, norms, gradients)
+    except ValueError as error:
+        raise ValueError(
+            "`clip_by(norm=...)` must return a tree of the same types as the "
+            f"gradients, which may end earlier, got a {type(norms).__name__} for "
+            f"gradients in a {type(gradients).__name__}. {error}"
+        ) from error
 
 
 def _record(state: ClipState, decision: Decision, metrics: ClipMetrics) -> ClipState:

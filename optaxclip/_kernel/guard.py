@@ -33,7 +33,7 @@ PyTree = Any
 class SkipMetrics(NamedTuple):
     """What a skip looked at in its last step, as :class:`ClipMetrics` holds it."""
 
-    skip_norm: Norms
+    skip_norm: Norms  #: the norm of the step
     skip_threshold: Norms  #: a step with a norm above it is skipped
 
     __repr__ = shown

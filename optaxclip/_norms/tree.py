@@ -162,7 +162,9 @@ def unit_norm(
 
 
 def leaf_rms(tree: PyTree, *, axis_name: AxisName = None) -> PyTree:
-    r"""The root mean square of every leaf: its 2-norm over :math:`\sqrt{size}`.
+    r"""The root mean square of every leaf.
+
+    .. math:: \mathrm{RMS}(g) = \|g\|_2 / \sqrt{\mathrm{size}(g)}
 
     Args:
       tree: Any pytree of arrays.

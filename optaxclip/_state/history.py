@@ -54,8 +54,8 @@ class HistoryState(NamedTuple):
     """State of :func:`record_history`."""
 
     history_count: jax.Array  #: int32, steps recorded since the start
-    history: History
-    inner_state: PyTree
+    history: History  #: the last steps
+    inner_state: PyTree  #: state of the recorded optimizer
 
     __repr__ = shown
 

@@ -62,8 +62,8 @@ def migrate_state(
       of the optimizer                from ``old_state``
       of a clip or skip               from ``old_state`` if all leaves of this clip
                                       or skip kept shape and dtype, else fresh
-      of several clips that look      from ``old_state`` if there are as many, else
-      the same                        all fresh
+      of clips with equal structure   from ``old_state`` if there are as many, else
+                                      all fresh
       ==============================  ==============================================
 
     Raises:

@@ -37,7 +37,8 @@ def constant(value: Threshold) -> optax.GradientTransformation:
         that is negative clips as 0 does.
 
     Returns:
-      A rule: a transformation from norms to thresholds of their shapes and dtypes.
+      A rule, that is, a transformation from norms to thresholds of their shapes and
+      dtypes.
 
     Raises:
       ValueError: ``value`` is a concrete negative number or NaN.

@@ -151,7 +151,7 @@ def clip_by_block_rms(
     r"""Scales every leaf by itself down to a root mean square.
 
     .. math:: g_l \leftarrow g_l / \max(1, \mathrm{RMS}(g_l) / d), \quad
-              \mathrm{RMS}(g_l) = \|g_l\|_2 / \sqrt{size_l}
+              \mathrm{RMS}(g_l) = \|g_l\|_2 / \sqrt{\mathrm{size}_l}
 
     The same as ``optax.clip_by_block_rms``. After a preconditioner, with
     ``threshold=1``, it is the update clipping of Adafactor.

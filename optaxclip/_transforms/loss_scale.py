@@ -58,14 +58,15 @@ def dynamic_loss_scale(
 
     .. math:: (u, x, s) \leftarrow \begin{cases}
               (\mathrm{inner}(g / s,\, x),\; \min(c s, s_{max})) &
-              \|g\| \text{ finite, for the } N, 2N, \dots\text{th time in a row} \\
+              \|g\| \text{ finite, for the } kN\text{th time in a row} \\
               (\mathrm{inner}(g / s,\, x),\; s) & \|g\| \text{ finite} \\
               (0,\, x,\, \max(b s, s_{min})) & \text{else}\end{cases}
 
-    for a state :math:`x` of ``inner``. Multiply the loss by :func:`loss_scale`, in
-    float32, and pass the gradients as they are. Put this transformation outermost:
-    every clip, rule and accumulator inside then sees true gradients in float32, and no
-    step that overflowed. bfloat16 has the range of float32 and needs no loss scale.
+    for a state :math:`x` of ``inner`` and :math:`k = 1, 2, \dots`. Multiply the loss
+    by :func:`loss_scale`, in float32, and pass the gradients as they are. Put this
+    transformation outermost: every clip, rule and accumulator inside then sees true
+    gradients in float32, and no step that overflowed. bfloat16 has the range of float32
+    and needs no loss scale.
 
     The gradients are divided whether or not the loss was multiplied. If nothing in the
     process has called :func:`loss_scale` by the first update, a warning says so.

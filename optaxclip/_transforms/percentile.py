@@ -79,7 +79,7 @@ def clip_by_percentile(
       ==========================  ==================================================
       step                        result
       ==========================  ==================================================
-      the first                   scaled to ``factor / ramp`` of itself, 1.5 %; without
+      the first                   scaled to ``factor / ramp`` of itself, 1.5%; without
                                   ``include_current`` clipped by ``max_norm`` only
       a norm of 0                 not clipped and not recorded
       a norm not finite           not recorded; see :func:`optaxclip.clip_by`

@@ -36,8 +36,8 @@ def loss_scale(opt_state: PyTree) -> jax.Array:
         of a chain, a Flax ``TrainState``, an ``nnx.Optimizer``.
 
     Returns:
-      A float32 scalar, on device. Cast the loss to float32 before you multiply: above
-      65,504 the scale itself does not fit float16.
+      A float32 scalar, on device. Cast the loss to float32 before you multiply, because
+      a scale above 65,504 does not fit float16.
 
     Raises:
       ValueError: the state holds no loss scale, or several.

@@ -431,11 +431,11 @@ def test_far_behind_what_the_last_drain_remembered(path):
 
 
 def test_a_rewind_further_than_the_recorder_remembers_is_said_to_be_unsure(path):
-    """Which of the steps before 44 were taken back, nobody can know."""
+    """Nobody can know which of the rows before step 44 the run has repeated."""
     log = ClipLog(path)
     for count in range(8, 49, 8):
         log.update(recorder(count))
-    with pytest.warns(UserWarning, match="steps before 44 .* taken back"):
+    with pytest.warns(UserWarning, match="before step 44 .* repeated"):
         log.update(recorder(52, run=1))
     data = read(path)
     assert data.unsure_before == 44

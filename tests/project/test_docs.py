@@ -29,6 +29,7 @@ SLOW = {
     "docs/how_to/equinox.md",
     "docs/how_to/exploding_layer.md",
     "docs/how_to/lstm.md",
+    "docs/how_to/per_layer.md",
     "docs/how_to/several_devices.md",
     "docs/log.md",
 }

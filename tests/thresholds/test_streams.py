@@ -71,7 +71,7 @@ def lognormal(sigma, steps, streams=STREAMS, seed=0):
     return (0.01 * np.exp(sigma * noise)).astype(np.float32)
 
 
-# Steps until the mean scale of the next 100 steps is 90 % of the usual one again.
+# Steps until the mean scale of the next 100 steps is 90% of the usual one again.
 # Percentiles: (1 - q) N + 10. A geometric memory: the rise, by the growth of a step.
 RISES = [1.5, 2, 4, 10, 100]
 WITHIN = {
@@ -310,7 +310,7 @@ def share_of_adagc(sigma, ratio=1.05):
         # The fixed point; the running mean of 99 norms varies around it.
         (CLIPS["adagc"], 0.1, share_of_adagc(0.1), 0.01),
         (CLIPS["adagc"], 0.3, share_of_adagc(0.3), 0.01),
-        # No formula: 0.6 % of normal norms, and mean and deviation are of 33 of them.
+        # No formula: 0.6% of normal norms, and mean and deviation are of 33 of them.
         (CLIPS["zclip"], 0.1, 0.0165, 0.002),
     ],
     ids=[

@@ -68,7 +68,7 @@ def test_coverage_identity(q, rate, stream):
 
 @pytest.mark.parametrize(("q", "rate"), [(0.5, 0.05), (0.9, 0.05), (0.95, 0.02)])
 def test_stationary_spread(q, rate):
-    """sqrt(rate q (1 - q) / (2 f)) within 15 %, f the density of the log-norm."""
+    """sqrt(rate q (1 - q) / (2 f)) within 15%, f the density of the log-norm."""
     sigma, streams = 0.5, 256
     deviate = {0.5: 0.0, 0.9: 1.2815516, 0.95: 1.6448536}[q]
     density = np.exp(-(deviate**2) / 2) / (sigma * np.sqrt(2 * np.pi))

@@ -174,7 +174,7 @@ def test_the_size_of_a_spike_does_not_matter_to_what_follows(size):
 
 
 def test_the_share_of_clipped_steps():
-    # P(z > 2.5) is 0.6 % of normal norms; mean and deviation are those of 33 norms.
+    # P(z > 2.5) is 0.6% of normal norms; mean and deviation are those of 33 norms.
     norms = lognormal(0.1, 5000, (10,))
     clipped = np.asarray(scan(zscore(), norms)[0] < norms)
     assert 0.01 < clipped.mean() < 0.025

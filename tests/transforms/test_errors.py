@@ -418,6 +418,15 @@ def test_a_guarded_step_is_no_transformation(use):
     )
 
 
+def test_norms_in_another_type_of_tree_are_refused():
+    tx = optaxclip.clip_by(lambda tree: [optaxclip.global_norm(tree)], 1.0)
+    with pytest.raises(ValueError, match="got a list for gradients in a dict") as error:
+        once_of(tx, GRADS)
+    assert str(error.value).startswith(
+        "`clip_by(norm=...)` must return a tree of the same types as the gradients, "
+    )
+
+
 @pytest.mark.parametrize("value", [0.95, np.float32(0.5)])
 @pytest.mark.parametrize("call", ["clip_by_percentile", "autoclip"])
 def test_a_fraction_for_a_percentile_is_told(call, value):

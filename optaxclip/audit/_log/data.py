@@ -32,9 +32,9 @@ class LogData:
     leaf_names: tuple[str, ...] = ()
     leaf_norms: np.ndarray | None = None  # float64, (steps, leaves)
     missed: tuple[tuple[int, int], ...] = ()  # first and last step of each gap
-    rewritten: int = 0  # rows that a rewind or a later row of the step took back
+    rewritten: int = 0  # rows that a rewind or a later row of the step replaced
     torn: int = 0  # incomplete lines that were dropped
-    unsure_before: int = 0  # earlier rows may be of a run that was taken back
+    unsure_before: int = 0  # earlier rows may be of steps repeated since
     restarts: tuple[int, ...] = ()  # the first step that each later process wrote
 
     def plot(self) -> "Figure":

@@ -20,7 +20,7 @@ class Reading:
         self.leaves = leaves
         self.checked = checked  # whether lines have checks, as far as it was read
         self.parts: list[dict[str, np.ndarray]] = []
-        self.count = 0  # rows, those taken back included
+        self.count = 0  # rows, with those that were replaced
         self.rewinds: list[tuple[int, int]] = []  # rows before it, and its step
         self.resumed: list[Any] = []
         self.restarts: list[int] = []  # rows before each of them

@@ -140,7 +140,7 @@ class Writer:
             self._leaf_names = rows.leaf_names
         rewound = start < self._next
         self._next, self._written, self.unwritten = rows.end, rows, 0
-        # A step that was missed may have been taken back.
+        # The steps that the run repeats may include missed ones.
         self.missed = _missed(self.read()) if rewound else self.missed + gap
         if gap:
             self._warn_of_gap(start, rows)
@@ -155,9 +155,10 @@ class Writer:
         if unsure:
             self._warn_once(
                 "unsure",
-                f"`ClipLog.update`: steps before {start} in {self.path} may be of a "
-                "run that was taken back: the recorder does not reach back to where "
-                "this one left it. Update the log right after restoring a checkpoint.",
+                "`ClipLog.update`: the run went back to an earlier step, and the "
+                "recorder does not hold all steps since then. Rows before step "
+                f"{start} in {self.path} may be older than the steps that the run "
+                "repeated. Update the log right after restoring a checkpoint.",
                 stacklevel=4,
             )
         return len(new)

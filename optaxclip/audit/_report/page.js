@@ -274,6 +274,7 @@
       u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
       u.setScale("x", { min: view[0], max: view[1] });
     }));
+    if (here !== null) point(here);  // the line stays at the step that was read
   }
 
   function read(x) {
@@ -296,7 +297,8 @@
   function point(x) {
     read(x);
     plots.forEach(({ u }) => {
-      const left = u.valToPos(here, "x");
+      const seen = here >= view[0] && here <= view[1];
+      const left = seen ? u.valToPos(here, "x") : -10;
       u.setCursor({ left, top: u.over.clientHeight / 2 }, false, false);
     });
   }

@@ -21,12 +21,13 @@ _RECOVERED = 0.9  # of the usual mean scale
 class Outcome(NamedTuple):
     """What a rule did in a run. Steps whose norm is not finite count for nothing."""
 
-    name: str
-    clipped_share: float  # steps with a scale below 1, in [0, 1]
-    mean_scale: float
-    largest_passed: float  # the largest norm after clipping
-    longest_streak: int  # most steps clipped in a row
-    recovery_steps: float  # see `compare`; infinite for never, NaN for not probed
+    name: str  #: of the rule
+    clipped_share: float  #: steps with a scale below 1, in [0, 1]
+    mean_scale: float  #: over the steps
+    largest_passed: float  #: the largest norm after clipping
+    longest_streak: int  #: most steps clipped in a row
+    #: see :func:`compare`; infinite for never, NaN for not probed
+    recovery_steps: float
 
 
 def compare(rules: Mapping[str, Threshold | Rule], norms: Norms) -> tuple[Outcome, ...]:

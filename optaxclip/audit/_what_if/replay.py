@@ -21,8 +21,8 @@ Norms = np.ndarray | LogData | str | os.PathLike[str]  # or what NumPy makes an 
 class Replay(NamedTuple):
     """What a rule did with a series of norms: float32, of the shape of the norms."""
 
-    thresholds: np.ndarray  # not negative; infinite where nothing bounds
-    scales: np.ndarray  # min(1, threshold / norm); NaN for a norm of NaN
+    thresholds: np.ndarray  #: not negative; infinite where nothing bounds
+    scales: np.ndarray  #: min(1, threshold / norm); NaN for a norm of NaN
 
 
 def replay(rule: Threshold | Rule, norms: Norms) -> Replay:

@@ -29,17 +29,18 @@ _SCALED = r"\b(sgd|momentum|nesterov|lars)"
 class Suggestion(NamedTuple):
     """A setting to try."""
 
-    setting: str  # as it is written in Python
-    rule: str  # as the command line has it: `constant:1.5`
-    reason: str
+    setting: str  #: as it is written in Python
+    rule: str  #: for the command line, such as ``constant:1.5``
+    reason: str  #: why this setting
 
 
 class Suggestions(NamedTuple):
     """What :func:`suggest` proposes."""
 
-    fixed: Suggestion
-    percentile: Suggestion
-    remarks: tuple[str, ...]  # why to distrust them; empty if nothing speaks against
+    fixed: Suggestion  #: a fixed threshold
+    percentile: Suggestion  #: a clip that chooses its threshold
+    #: why not to trust them; empty if there is no such reason
+    remarks: tuple[str, ...]
 
 
 def suggest(norms: Norms, optimizer: str = "") -> Suggestions:
