@@ -55,7 +55,7 @@ def adagn(
     A spike of any size gets at most the norm
     :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}`, 0.95 with the defaults. But :math:`v`
     remembers it as it was. After one spike of 10,000 times a steady norm, the norms are
-    0.70, 0.52 and 0.38, fall to 0.03, and need 166 steps to come back within 10%.
+    0.70, 0.52 and 0.38, fall to 0.002, and need 166 steps to come back within 10%.
 
     Args:
       decay: :math:`\beta_1` in [0, 1).
@@ -106,17 +106,16 @@ def adagn(
     def update_one(norm: jax.Array, state: AdagnState) -> tuple[jax.Array, AdagnState]:
         known = jax.lax.stop_gradient(norm)
         recorded = known > 0
-        first, second = like(decay, norm), like(square_decay, norm)
         count = jnp.where(
             recorded, optax.safe_increment(state.adagn_count), state.adagn_count
         )
-        mean = first * state.adagn_mean + (1 - first) * known
+        # A decay near 1 loses digits in float32 that its distance from 1 keeps.
+        mean = state.adagn_mean + like(1 - decay, norm) * (known - state.adagn_mean)
         # The root is kept, and taken in units of the larger term: squares overflow.
         unit = jnp.maximum(jnp.maximum(state.adagn_rms, known), like(1e-30, norm))
-        parts = (
-            second * (state.adagn_rms / unit) ** 2 + (1 - second) * (known / unit) ** 2
-        )
-        new = AdagnState(count, mean, unit * jnp.sqrt(parts))
+        past, now = (state.adagn_rms / unit) ** 2, (known / unit) ** 2
+        rms = unit * jnp.sqrt(past + like(1 - square_decay, norm) * (now - past))
+        new = AdagnState(count, mean, rms)
         new = jax.tree.map(lambda a, b: jnp.where(recorded, a, b), new, state)
         steps = jnp.maximum(count, 1)
         fair_mean = new.adagn_mean / weight(decay, steps, norm)

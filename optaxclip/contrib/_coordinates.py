@@ -135,6 +135,7 @@ def clip_coordinate_spikes(
         finite = all_of(jnp.isfinite, measured.clip_metrics.grad_norm)
         new = dict(moments)
         for name, modulus, bound in zip(names, moduli, bounds, strict=True):
+            modulus = jax.lax.stop_gradient(modulus)  # of the memory, too
             square = jnp.minimum(
                 jnp.minimum(modulus, bound) ** 2, no_bound(bound.dtype)
             )

@@ -26,7 +26,8 @@ def limit_growth(
     applies it to a residual of a low-rank optimizer. On whole gradients it is not a
     guard against rare events. It starts again from every small norm, so it clips nearly
     every step of a norm that varies: 83, 93 and 96% of lognormal norms with
-    log-deviation 0.1, 0.3 and 0.5. After a lasting rise by the factor 10 it takes :math:`\ln 10 / \ln 1.01 = 231` steps to follow.
+    log-deviation 0.1, 0.3 and 0.5. After a lasting rise by the factor 10 it takes
+    :math:`\ln 10 / \ln 1.01 = 231` steps to follow.
 
     Args:
       ratio: :math:`\gamma > 1`, the largest growth in a step.

@@ -69,7 +69,10 @@ def room_of(module):
 
 
 def is_folder(room):
-    return room not in ("", "audit", "contrib") and (PACKAGE / room.replace(".", "/")).is_dir()
+    return (
+        room not in ("", "audit", "contrib")
+        and (PACKAGE / room.replace(".", "/")).is_dir()
+    )
 
 
 def tree_of(path):
