@@ -38,7 +38,7 @@ class ClipMetrics(NamedTuple):
 
     grad_norm: Norms  #: the norm of the updates before clipping
     clip_threshold: Norms  #: the bound; the largest finite number where nothing bounds
-    #: what they were multiplied by: min(1, threshold / norm), or as `apply` has it
+    #: what they were multiplied by, min(1, threshold / norm) unless `apply` has its own
     clip_scale: Norms
 
     __repr__ = shown

@@ -21,7 +21,7 @@ PyTree = Any
 class AdagnState(NamedTuple):
     """State of :func:`adagn`: trees of the structure of the norms."""
 
-    adagn_count: PyTree  #: int32: how many norms were recorded
+    adagn_count: PyTree  #: how many norms were recorded, int32
     adagn_mean: (
         PyTree  #: running mean of the norms, before its correction for the start
     )

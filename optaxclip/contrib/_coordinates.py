@@ -24,7 +24,7 @@ PyTree = Any
 class CoordinateState(NamedTuple):
     """State of :func:`clip_coordinate_spikes`."""
 
-    coordinate_count: jax.Array  #: int32: steps whose gradients were finite
+    coordinate_count: jax.Array  #: steps with finite gradients, int32
     coordinate_moments: dict[str, jax.Array]  #: of each leaf, before their correction
     clip_state: ClipState  #: what was clipped, for :func:`optaxclip.metrics`
 

@@ -17,7 +17,7 @@ from optaxclip._thresholds import Number, like, per_norm
 class SketchState(NamedTuple):
     """State of :func:`sketched_quantile`: a tree of the structure of the norms."""
 
-    sketch_weights: jax.Array  #: (bins, \*norm.shape): what each bin has counted
+    sketch_weights: jax.Array  #: what each bin has counted, bins first
 
     __repr__ = shown
 
