@@ -55,8 +55,9 @@ def clip_coordinate_spikes(
     on how long ago that was. Resetting Adam's moments, the other part of SPAM, is left
     out.
 
-    It changes the direction of the gradient, keeps a float32 tree of the size of the
-    gradients and reads them twice.
+    It changes the direction of the gradient. It keeps a float32 tree of the size of the
+    gradients, and reads and writes such trees many times where a clip by norm reads the
+    gradients once.
 
     Args:
       factor: :math:`\theta > 0`.
@@ -68,7 +69,8 @@ def clip_coordinate_spikes(
       A transformation with :class:`CoordinateState`; dtypes are kept. In the metrics,
       the norm of a leaf is its largest :math:`|g_i| / \sqrt{\theta \hat v_i}` (0 in the
       warm-up), the threshold is 1, and the scale is that of the element which was cut
-      most. A step with NaN or infinity is not recorded.
+      most. A step with NaN or infinity is not recorded; once there is a bound, infinite
+      real elements become it, and NaN stays NaN.
 
     Raises:
       ValueError: ``factor`` is not positive, ``decay`` outside [0, 1), or ``warmup``
@@ -156,8 +158,9 @@ def _bound(
     moment: jax.Array, count: jax.Array, factor: Number, decay: Number, ready: jax.Array
 ) -> jax.Array:
     past = weight(decay, jnp.maximum(count, 1), moment)
-    root = jnp.sqrt(like(factor, moment)) * jnp.sqrt(moment / past)
-    return jnp.where(ready & (moment > 0), root, no_bound(moment.dtype))
+    most = no_bound(moment.dtype)
+    root = jnp.sqrt(moment * (like(factor, moment) / past))
+    return jnp.where(ready & (moment > 0), jnp.minimum(root, most), most)
 
 
 def _ratio(modulus: jax.Array, bound: jax.Array) -> jax.Array:
@@ -167,5 +170,8 @@ def _ratio(modulus: jax.Array, bound: jax.Array) -> jax.Array:
 
 def _cut(leaf: jax.Array, modulus: jax.Array, bound: jax.Array) -> jax.Array:
     beyond = modulus > bound
-    scale = bound / jnp.where(beyond, modulus, 1)
-    return jnp.where(beyond, scaled(leaf, scale).astype(leaf.dtype), leaf)
+    if jnp.iscomplexobj(leaf):
+        cut = scaled(leaf, bound / jnp.where(beyond, modulus, 1))
+    else:
+        cut = jnp.clip(widen(leaf, bound.dtype), -bound, bound)
+    return jnp.where(beyond, cut.astype(leaf.dtype), leaf)

@@ -123,7 +123,7 @@ def weighted_quantile(norms, q, decay):
     return norms[order][np.searchsorted(so_far, q * so_far[-1])]
 
 
-@pytest.mark.parametrize("decay", [0.97, 1.0])
+@pytest.mark.parametrize("decay", [0.97, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_sketch_is_accurate_to_its_bin(decay):
     norms, accuracy = lognormal(1.0, 300), 0.02
     for q in (0.1003, 0.5003, 0.9503):  # not at the edge between two norms
@@ -144,6 +144,7 @@ def test_norms_out_of_the_range_of_a_sketch_count_at_its_ends():
         assert np.isfinite(state.sketch_weights).all()
 
 
+@pytest.mark.slow
 def test_a_sketch_varies_as_the_window_that_it_says():
     """And its default is what the docstring says of its size."""
     decay, sigma, density = 0.98, 0.5, 0.206  # of the log-norm at its 95th percentile
@@ -252,17 +253,13 @@ def test_error_feedback():
 
 
 def test_error_feedback_sends_what_rounding_left_out():
-    tx = contrib.with_error_feedback(optaxclip.clip_by_global_norm(1.0))
-    grads = jnp.full((256, 2), 0.1001, jnp.float32)
-    clip = optax.chain(optaxclip.clip_by_global_norm(0.01))
-    params = jnp.zeros(2, jnp.bfloat16)
-    for make, most in ((contrib.with_error_feedback(clip), 0.01), (tx, 0.2)):
-        state, sent = make.init(params), 0
-        step = jax.jit(make.update)
-        for grad in grads[:32].astype(jnp.bfloat16):
-            updates, state = step(grad, state)
-            assert updates.dtype == jnp.bfloat16
-            assert jnp.max(jnp.abs(updates)) <= most
-            sent += np.float64(updates)
-        came = 32 * np.float64(jnp.bfloat16(0.1001))
-        np.testing.assert_allclose(sent + state.feedback_error[""], came, rtol=1e-5)
+    tx = contrib.with_error_feedback(optaxclip.clip_by_global_norm(0.01))
+    state, sent = tx.init(jnp.zeros(2, jnp.bfloat16)), 0
+    step, grad = jax.jit(tx.update), jnp.full(2, 0.1001, jnp.bfloat16)
+    for _ in range(32):
+        updates, state = step(grad, state)
+        assert updates.dtype == jnp.bfloat16
+        sent += np.float64(updates)
+    np.testing.assert_allclose(
+        sent + state.feedback_error[""], 32 * np.float64(grad), rtol=1e-5
+    )
