@@ -34,10 +34,8 @@ def smooth_clip(
               \|g\| \mapsto \frac{\|g\|}{1 + \|g\| / T} < T
 
     The norm after it grows with the norm before it, without a corner at the threshold.
-    A norm at the threshold is halved, one of a tenth of it loses a eleventh: with SGD,
-    this is a smaller learning rate. The form that divides by
-    :math:`\sqrt{1 + (\|g\|/c)^2}` only above :math:`c` is not continuous there; this
-    one is.
+    It shortens small gradients, too: a norm at the threshold is halved, and one of a
+    tenth of it becomes 9% smaller.
 
     Args:
       threshold: :math:`T`: a number, an array, a schedule or a rule, as in
