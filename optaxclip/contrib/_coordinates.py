@@ -103,7 +103,8 @@ def clip_coordinate_spikes(
     def init(params: PyTree) -> CoordinateState:
         gradients = split(params).gradients
         zeros = [
-            jnp.zeros(x.shape, accumulator(x.dtype)) for x in jax.tree.leaves(gradients)
+            jnp.zeros_like(x.real, accumulator(x.dtype))
+            for x in jax.tree.leaves(gradients)
         ]
         return CoordinateState(
             coordinate_count=jnp.zeros((), jnp.int32),

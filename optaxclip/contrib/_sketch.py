@@ -104,7 +104,8 @@ def sketched_quantile(
     bins = math.ceil((math.log(most) - math.log(least)) / width) + 1
 
     def init_one(norm: jax.Array) -> SketchState:
-        return SketchState(jnp.zeros((bins, *norm.shape), norm.dtype))
+        zero = jnp.zeros_like(norm, norm.dtype)  # which lies where the norm does
+        return SketchState(jnp.broadcast_to(zero, (bins, *norm.shape)))
 
     def update_one(
         norm: jax.Array, state: SketchState

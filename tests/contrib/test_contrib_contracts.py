@@ -126,10 +126,13 @@ def test_shards_come_to_what_one_device_does():
     def steps(params, grads):
         results = {}
         for name, tx in clips.items():
-            state = tx.init(params)
-            for _ in range(2):
+
+            def step(state, _, tx=tx):
                 updates, state = tx.update(grads, state, params)
-            results[name] = updates
+                return state, updates
+
+            _, updates = jax.lax.scan(step, tx.init(params), None, length=2)
+            results[name] = jax.tree.map(lambda x: x[-1], updates)
         return results
 
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
