@@ -47,7 +47,7 @@ python_use_unqualified_type_names = True
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jaxlib|np|numpy|optax|collections|typing|pathlib|os)\..*"),
     ("py:class", "PyTree|Leaf|Path|Apply|Number|Ord|Ax(es|is|isFunction)"),
-    ("py:class", "Start|Outlying"),
+    ("py:class", "Start|Outlying|Scale"),
     ("py:class", "Figure"),  # of Matplotlib
 ]
 

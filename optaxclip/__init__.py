@@ -20,12 +20,15 @@ Reading and moving states
   migrate_state: use a checkpoint with another clip
   audit: log, replay, report (a subpackage)
 
+From the literature
+  contrib: clips that are not among the best of the study (a subpackage)
+
 Build your own
   clip_by, skip_by
   norms: global_norm, leaf_norm, unit_norm, leaf_rms; unit_axes has layouts
   rules for the threshold: constant, relative, quantile, tracked_quantile, zscore,
   window_zscore, ema, lowest; rules has their parts
-  rescale, clamp: how a threshold is applied
+  rescale, clamp, normalize, Scaling: how a threshold is applied
 
 States and types
   ClipState, ClipMetrics, SkipState, SkipMetrics, LossScaleState, HistoryState, History,
@@ -42,11 +45,13 @@ from optaxclip._kernel import ClipState as ClipState
 from optaxclip._kernel import GuardedStep as GuardedStep
 from optaxclip._kernel import Norm as Norm
 from optaxclip._kernel import Norms as Norms
+from optaxclip._kernel import Scaling as Scaling
 from optaxclip._kernel import SkipMetrics as SkipMetrics
 from optaxclip._kernel import SkipState as SkipState
 from optaxclip._kernel import clamp as clamp
 from optaxclip._kernel import clip_by as clip_by
 from optaxclip._kernel import guarded_step as guarded_step
+from optaxclip._kernel import normalize as normalize
 from optaxclip._kernel import rescale as rescale
 from optaxclip._kernel import skip_by as skip_by
 from optaxclip._norms import AxisName as AxisName
@@ -86,6 +91,7 @@ from optaxclip._transforms import zclip as zclip
 
 if TYPE_CHECKING:
     from optaxclip import audit as audit
+    from optaxclip import contrib as contrib
 
 __all__ = [
     "AxisName",
@@ -98,6 +104,7 @@ __all__ = [
     "Norm",
     "Norms",
     "Rule",
+    "Scaling",
     "SkipMetrics",
     "SkipState",
     "Threshold",
@@ -113,6 +120,7 @@ __all__ = [
     "clip_by_percentile",
     "clip_by_value",
     "constant",
+    "contrib",
     "dynamic_loss_scale",
     "ema",
     "global_norm",
@@ -123,6 +131,7 @@ __all__ = [
     "lowest",
     "metrics",
     "migrate_state",
+    "normalize",
     "quantile",
     "record_history",
     "relative",
@@ -142,7 +151,7 @@ __version__ = "0.2.0.dev0"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports ``optaxclip.audit`` when it is first asked for."""
-    if name == "audit":
-        return importlib.import_module("optaxclip.audit")
+    """Imports ``audit`` or ``contrib`` when it is first asked for."""
+    if name in ("audit", "contrib"):
+        return importlib.import_module(f"optaxclip.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import optaxclip
-from optaxclip import rules, unit_axes
+from optaxclip import contrib, rules, unit_axes
 
 LOW = 0.05  # a threshold that every tree below exceeds at first
 HIGH = 1e6  # one that none reaches
@@ -64,6 +64,28 @@ TRANSFORMS = {
     ),
 }
 
+# As above, for `tests/contrib`: few of these leave what is below a threshold as it is.
+CONTRIB = {
+    "smooth_clip": contrib.smooth_clip,
+    "limit_growth": lambda t, **axis: contrib.limit_growth(1.0 + t, t, **axis),
+    "clippy": lambda t, **axis: contrib.clippy(t, t, **axis),
+    "clip_by(global_norm, sketched_quantile)": lambda t, **axis: optaxclip.clip_by(
+        optaxclip.global_norm,
+        optaxclip.lowest(contrib.sketched_quantile(0.5, accuracy=0.2), t),
+        **axis,
+    ),
+    "adagn": lambda t, **axis: contrib.adagn(eps=t, **axis),
+    "clip_coordinate_spikes": lambda t, **axis: contrib.clip_coordinate_spikes(
+        t, warmup=1, **axis
+    ),
+    "with_error_feedback": lambda t, **axis: contrib.with_error_feedback(
+        optaxclip.clip_by_leaf_norm(t, **axis), **axis
+    ),
+    "normalize": lambda t, **axis: optaxclip.clip_by(
+        unit_norm, t, optaxclip.normalize, **axis
+    ),
+}
+
 # One of each kind of norm and of state, for what cannot tell others apart: loops of
 # training libraries, wrappers, trees with holes.
 ONE_OF_EACH = {
@@ -90,6 +112,10 @@ RULES = {
     "tracked_quantile(start)": (
         lambda q, rate, start: optaxclip.tracked_quantile(q, rate, start=start),
         (0.5, 0.2, 0.02),
+    ),
+    "sketched_quantile": (
+        lambda q, decay: contrib.sketched_quantile(q, decay, accuracy=0.05),
+        (0.9, 0.98),
     ),
     "zscore": (lambda z, decay: optaxclip.zscore(z, decay, warmup=10), (2.5, 0.97)),
     "zscore(published)": (

@@ -1,12 +1,15 @@
 """The kernel: measure, decide, apply, record; every clip and skip is one call of it."""
 
 from optaxclip._kernel import find as find
+from optaxclip._kernel.apply import Scaling as Scaling
+from optaxclip._kernel.apply import clamp as clamp
+from optaxclip._kernel.apply import clip_scale as clip_scale
+from optaxclip._kernel.apply import normalize as normalize
+from optaxclip._kernel.apply import rescale as rescale
 from optaxclip._kernel.clip import ClipMetrics as ClipMetrics
 from optaxclip._kernel.clip import ClipState as ClipState
-from optaxclip._kernel.clip import clamp as clamp
 from optaxclip._kernel.clip import clip_by as clip_by
-from optaxclip._kernel.clip import clip_scale as clip_scale
-from optaxclip._kernel.clip import rescale as rescale
+from optaxclip._kernel.decide import all_of as all_of
 from optaxclip._kernel.decide import count_if as count_if
 from optaxclip._kernel.decide import decide as decide
 from optaxclip._kernel.decide import is_unbounded as is_unbounded

@@ -6,7 +6,6 @@ guaranteed here once holds for every clip.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
+from optaxclip._kernel.apply import Apply, rescale, scale_of
 from optaxclip._kernel.decide import (
     Decision,
     all_of,
@@ -26,23 +26,11 @@ from optaxclip._kernel.measure import Norm, initial
 from optaxclip._kernel.names import Norms
 from optaxclip._kernel.probe import check_rule
 from optaxclip._kernel.states import own
-from optaxclip._norms import (
-    AxisName,
-    along,
-    scaled,
-    split,
-    widen,
-)
+from optaxclip._norms import AxisName, along, split
 from optaxclip._show import chosen, default, shown
-from optaxclip._thresholds import (
-    Rule,
-    Threshold,
-    as_rule,
-)
+from optaxclip._thresholds import Rule, Threshold, as_rule
 
 PyTree = Any
-Leaf = jax.Array
-Apply = Callable[[jax.Array, jax.Array], Callable[[Leaf], Leaf]]
 
 
 class ClipMetrics(NamedTuple):
@@ -50,7 +38,8 @@ class ClipMetrics(NamedTuple):
 
     grad_norm: Norms  #: the norm of the updates before clipping
     clip_threshold: Norms  #: the bound; the largest finite number where nothing bounds
-    clip_scale: Norms  #: what they were multiplied by, min(1, threshold / norm)
+    #: what they were multiplied by, min(1, threshold / norm) unless `apply` has its own
+    clip_scale: Norms
 
     __repr__ = shown
 
@@ -59,69 +48,13 @@ class ClipState(NamedTuple):
     """State of :func:`clip_by`. Counters are int32 scalars and never wrap around."""
 
     step_count: jax.Array  #: updates so far
-    clip_count: jax.Array  #: updates in which a finite norm was clipped
+    clip_count: jax.Array  #: updates in which a finite norm was made smaller
     #: updates with a norm that was NaN, infinite, or 1e37 times its threshold
     nonfinite_count: jax.Array
     rule_state: PyTree  #: memory of the threshold rule
     clip_metrics: ClipMetrics  #: of the last update
 
     __repr__ = shown
-
-
-def rescale(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
-    r"""Multiplies by the scale: norm clipping.
-
-    .. math:: g \leftarrow s \cdot g, \quad s = \min(1, T / \|g\|)
-
-    The direction is kept. A leaf is multiplied in float32 (or wider) and rounded once,
-    so its norm afterwards is at most the threshold to within that rounding.
-
-    Args:
-      threshold: Not used; :func:`clamp` needs it.
-      scale: A scalar, or an array that broadcasts against the leaves.
-
-    Returns:
-      A function from a leaf to the clipped leaf. For scale 1 it returns the same bits.
-    """
-    del threshold
-    within = _is_one(scale)
-
-    def clip(leaf: Leaf) -> Leaf:
-        return jnp.where(within, leaf, scaled(leaf, scale).astype(leaf.dtype))
-
-    return clip
-
-
-def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
-    r"""Cuts every element at the threshold: value clipping.
-
-    .. math:: g_i \leftarrow \min(\max(g_i, -T), T)
-
-    Meant for the max-norm: the scale in the metrics is then the smallest by which any
-    element is multiplied. Complex elements are cut by modulus. An infinite real element
-    becomes :math:`\pm T`, an infinite complex one NaN; NaN stays NaN.
-
-    Args:
-      threshold: A scalar, or an array that broadcasts against the leaves.
-      scale: 1 if no element is beyond the threshold; then the leaf stays as it is.
-
-    Returns:
-      A function from a leaf to the clipped leaf.
-    """
-    within = _is_one(scale)
-
-    def clip(leaf: Leaf) -> Leaf:
-        if jnp.iscomplexobj(leaf):
-            modulus = jnp.abs(leaf)
-            bound = threshold.astype(modulus.dtype)
-            return rescale(bound, clip_scale(modulus, bound))(leaf)
-        # 8-bit floats cannot hold every bound, and some of them no infinity.
-        wide = widen(leaf, threshold.dtype) if leaf.itemsize == 1 else leaf
-        bound = threshold.astype(wide.dtype)
-        cut = jnp.clip(wide, -bound, bound).astype(leaf.dtype)
-        return jnp.where(within, leaf, cut)
-
-    return clip
 
 
 def clip_by(
@@ -146,7 +79,8 @@ def clip_by(
         ``params`` are the norms of the parameters. It sees a single norm as an array
         and several as a dict by path. Rules compose:
         ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold.
-      apply: :func:`rescale` (the default) or :func:`clamp`.
+      apply: How: :func:`rescale` (the default), :func:`clamp`, :func:`normalize`, a
+        :class:`Scaling`, or any function ``(threshold, scale) -> (leaf -> leaf)``.
       axis_name: Which leaves are sharded, where JAX's types cannot tell. Passed on to
         ``norm``, see :func:`optaxclip.global_norm`.
 
@@ -216,7 +150,7 @@ def clip_by(
         )
         norms, thresholds = decision.norms, decision.thresholds
         with jax.debug_infs(False):  # of thresholds that do not bound
-            scales = jax.tree.map(clip_scale, norms, thresholds)
+            scales = jax.tree.map(scale_of(apply), norms, thresholds)
         placed = decision.place(thresholds), decision.place(scales)
         _check_prefix(placed[0], gradients)
         clipped = jax.tree.map(
@@ -230,16 +164,6 @@ def clip_by(
         return restore(clipped), _record(state, decision, metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def clip_scale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
-    """min(1, threshold / norm), 1 for 0 / 0, with finite derivatives everywhere."""
-    within = norm <= threshold
-    return jnp.where(within, 1, threshold / jnp.where(within, 1, norm))
-
-
-def _is_one(scale: jax.Array) -> jax.Array:
-    return scale >= 1
 
 
 def _check_prefix(norms: PyTree, gradients: PyTree) -> None:
@@ -259,7 +183,7 @@ def _record(state: ClipState, decision: Decision, metrics: ClipMetrics) -> ClipS
     usable = decision.finite & all_of(
         lambda s, t: (s > 0) | (t == 0), scales, thresholds
     )
-    unchanged = all_of(_is_one, scales)
+    unchanged = all_of(lambda s: s >= 1, scales)
     return ClipState(
         step_count=count_if(True, state.step_count),
         clip_count=count_if(usable & ~unchanged, state.clip_count),

@@ -41,13 +41,16 @@ def metrics(opt_state: PyTree, *, per_leaf: bool = False) -> dict[str, jax.Array
 
       =========================  ====================================================
       ``grad_norm``              the norm before clipping
-      ``clipped_grad_norm``      the norm after clipping: min(norm, threshold);
+      ``clipped_grad_norm``      the norm after clipping: min(norm, threshold), or norm
+                                 times scale with an ``apply`` that has its own scale;
                                  meaningless if the norm is not finite
       ``clip_threshold``         the threshold of this step
-      ``clip_scale``             what the update was multiplied by, in [0, 1]
+      ``clip_scale``             what the update was multiplied by, in [0, 1]; above 1
+                                 where ``apply=normalize`` scaled a norm up
       ``clipped_norm_fraction``  the share of norms above their threshold, in [0, 1]
       ``step_count``             updates since the start
-      ``clip_count``             updates in which a finite norm was clipped
+      ``clip_count``             updates in which a finite norm was clipped, that is,
+                                 made smaller
       ``nonfinite_count``        updates with a norm that was NaN or infinite
       ``clip_fraction``          ``clip_count / step_count``, 0 before the first step
       =========================  ====================================================
@@ -154,7 +157,8 @@ def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
 def of_skip(state: SkipState) -> dict[str, jax.Array]:
     """What a skip looked at, and how often it skipped."""
     metrics = (jax.tree.leaves(tree) for tree in state.skip_metrics)
-    worst = _worst(_stacked([_worst(_Row(*row)) for row in zip(*metrics, strict=True)]))
+    rows = [_Row(n, t, jnp.ones_like(n)) for n, t in zip(*metrics, strict=True)]
+    worst = _worst(_stacked([_worst(row) for row in rows]))
     return {
         "skip_norm": worst.norm,
         "skip_threshold": worst.threshold,
@@ -170,13 +174,16 @@ def _of_loss_scale(state: LossScaleState) -> dict[str, jax.Array]:
 
 def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
     """What a clip did, by its worst norm and, if asked, by leaf."""
-    norms, thresholds, _ = state.clip_metrics
+    norms, thresholds, scales = state.clip_metrics
     paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(norms)
     paths = [path for path, _ in paths_and_norms]
     rows = [
-        _Row(norm, threshold)
-        for (_, norm), threshold in zip(
-            paths_and_norms, treedef.flatten_up_to(thresholds), strict=True
+        _Row(norm, threshold, scale)
+        for (_, norm), threshold, scale in zip(
+            paths_and_norms,
+            treedef.flatten_up_to(thresholds),
+            treedef.flatten_up_to(scales),
+            strict=True,
         )
     ]
     worst = [_worst(row) for row in rows]
@@ -196,10 +203,11 @@ def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
 
 
 class _Row(NamedTuple):
-    """Norms and their thresholds, of one shape."""
+    """Norms, their thresholds and scales, of one shape."""
 
     norm: jax.Array
     threshold: jax.Array
+    scale: jax.Array
 
 
 def _worst(row: _Row) -> _Row:
@@ -208,10 +216,10 @@ def _worst(row: _Row) -> _Row:
     It is found by maxima alone: they work on sharded norms, which indexing does not.
     The maxima are those that keep a NaN on its way between devices.
     """
-    norm, threshold = row
+    norm, threshold, _ = row
     if not norm.size:
         zero = jnp.zeros((), norm.dtype)
-        return _Row(zero, unbounded_like(zero))
+        return _Row(zero, unbounded_like(zero), jnp.ones_like(zero))
     # 0 is least, and no bound is none.
     most = no_bound(norm.dtype)
     ratio = norm / jnp.where(threshold == 0, 1, threshold)
@@ -228,7 +236,7 @@ def _exceeds(row: _Row) -> jax.Array:
 
 def _stacked(rows: list[_Row]) -> _Row:
     if not rows:
-        return _Row(jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32))
+        return _Row(*(jnp.zeros((0,), jnp.float32) for _ in _Row._fields))
     dtype = jnp.result_type(*(row.norm.dtype for row in rows))
     return _Row(
         *(
@@ -239,13 +247,14 @@ def _stacked(rows: list[_Row]) -> _Row:
 
 
 def _values(row: _Row, suffix: str = "") -> dict[str, jax.Array]:
-    norm, threshold = row
+    norm, threshold, scale = row
     free = is_unbounded(threshold) & (norm > 0)  # with an infinite norm, too
+    # Exactly the threshold for a clip that scales to it, else what its scale makes.
+    usual = (scale == clip_scale(norm, threshold)) | ~jnp.isfinite(norm)
+    after = jnp.where(usual, jnp.minimum(norm, threshold), norm * scale)
     return {
         f"grad_norm{suffix}": norm,
-        f"clipped_grad_norm{suffix}": jnp.where(
-            free, norm, jnp.minimum(norm, threshold)
-        ),
+        f"clipped_grad_norm{suffix}": jnp.where(free, norm, after),
         f"clip_threshold{suffix}": threshold,
-        f"clip_scale{suffix}": jnp.where(free, 1, clip_scale(norm, threshold)),
+        f"clip_scale{suffix}": jnp.where(free, 1, scale),
     }

@@ -7,7 +7,9 @@ parameters, and what they return in place of updates are the thresholds.
 from optaxclip._thresholds._memory import Number as Number
 from optaxclip._thresholds._memory import at_bound as at_bound
 from optaxclip._thresholds._memory import at_mean as at_mean
+from optaxclip._thresholds._memory import like as like
 from optaxclip._thresholds._memory import no_bound as no_bound
+from optaxclip._thresholds._memory import per_norm as per_norm
 from optaxclip._thresholds._memory import reciprocal as reciprocal
 from optaxclip._thresholds._memory import unchanged as unchanged
 from optaxclip._thresholds.constant import Rule as Rule

@@ -34,6 +34,9 @@ def cost(name, dtype=jnp.float32):
         "percentile": [optaxclip.clip_by_percentile()],
         "autoclip": [optaxclip.autoclip(10)],
         "zclip": [optaxclip.zclip()],
+        "normalize": [
+            optaxclip.clip_by(optaxclip.global_norm, 1.0, optaxclip.normalize)
+        ],
     }
     params = gpt_like(dtype)
     grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
@@ -47,7 +50,10 @@ def cost(name, dtype=jnp.float32):
 
 @pytest.mark.parametrize(
     "name",
-    ["optaxclip", "value", "leaf", "rms", "percentile", "autoclip", "zclip"],
+    [
+        *("optaxclip", "value", "leaf", "rms", "percentile", "autoclip", "zclip"),
+        pytest.param("normalize", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.sample(3)
 def test_a_clip_reads_the_gradients_once_and_copies_nothing(name, monkeypatch):

@@ -16,7 +16,7 @@ FLOORS = [
     {"_kernel"},
     {"_transforms"},
     {"_state"},
-    {"rules", "unit_axes"},
+    {"rules", "unit_axes", "contrib"},
     {""},
     {"audit._text"},
     {"audit._log"},
@@ -69,7 +69,10 @@ def room_of(module):
 
 
 def is_folder(room):
-    return room not in ("", "audit") and (PACKAGE / room.replace(".", "/")).is_dir()
+    return (
+        room not in ("", "audit", "contrib")
+        and (PACKAGE / room.replace(".", "/")).is_dir()
+    )
 
 
 def tree_of(path):

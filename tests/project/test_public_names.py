@@ -13,7 +13,13 @@ import pytest
 import optaxclip
 
 ROOT = pathlib.Path(__file__).parents[2]
-DOORS = (optaxclip, optaxclip.audit, optaxclip.rules, optaxclip.unit_axes)
+DOORS = (
+    optaxclip,
+    optaxclip.audit,
+    optaxclip.contrib,
+    optaxclip.rules,
+    optaxclip.unit_axes,
+)
 FUNCTIONS = [
     getattr(door, name)
     for door in DOORS
@@ -66,6 +72,8 @@ def loaded(name):
     return [module for module in sys.modules if f"{module}.".startswith(f"{name}.")]
 
 assert loaded("optaxclip") and not loaded("optaxclip.audit") + loaded("matplotlib")
+assert not loaded("optaxclip.contrib")
+assert optaxclip.contrib.clippy and loaded("optaxclip.contrib")
 assert optaxclip.audit.read and loaded("optaxclip.audit")
 import optaxclip.audit._cli
 assert not loaded("matplotlib")

@@ -13,7 +13,11 @@ from streams import lognormal, scan
 import optaxclip
 from optaxclip import ema, quantile, tracked_quantile, window_zscore, zscore
 
-every_rule = pytest.mark.parametrize("name", RULES)
+SLOW = ("sketched_quantile",)  # to compile; its other tests are in `tests/contrib`
+every_rule = pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in RULES],
+)
 
 
 def rule_of(name):
