@@ -6,7 +6,7 @@ guaranteed here once holds for every clip.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from optaxclip._kernel.states import own
 from optaxclip._norms import (
     AxisName,
     along,
+    prefix_of,
     scaled,
     split,
     widen,
@@ -126,7 +127,7 @@ def clamp(threshold: jax.Array, scale: jax.Array) -> Callable[[Leaf], Leaf]:
 
 def clip_by(
     norm: Norm,
-    threshold: Threshold | Rule,
+    threshold: Threshold | Rule | Mapping[str, Any],
     apply: Apply = default(rescale),
     *,
     axis_name: AxisName = None,
@@ -145,7 +146,8 @@ def clip_by(
         a rule: an ``optax.GradientTransformation`` from norms to thresholds, whose
         ``params`` are the norms of the parameters. It sees a single norm as an array
         and several as a dict by path. Rules compose:
-        ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold.
+        ``optax.chain(rule, optax.scale(2.0))`` doubles a threshold. A dict is
+        :func:`optaxclip.by_name`.
       apply: :func:`rescale` (the default) or :func:`clamp`.
       axis_name: Which leaves are sharded, where JAX's types cannot tell. Passed on to
         ``norm``, see :func:`optaxclip.global_norm`.
@@ -221,8 +223,8 @@ def clip_by(
             lambda threshold, scale, under: jax.tree.map(
                 apply(threshold, scale), under
             ),
-            decision.place(thresholds),
-            decision.place(scales),
+            prefix_of(decision.place(thresholds)),
+            prefix_of(decision.place(scales)),
             gradients,
         )
         metrics = ClipMetrics(norms, jax.tree.map(stored, thresholds), scales)

@@ -10,9 +10,10 @@ from optaxclip._thresholds._memory import at_mean as at_mean
 from optaxclip._thresholds._memory import no_bound as no_bound
 from optaxclip._thresholds._memory import reciprocal as reciprocal
 from optaxclip._thresholds._memory import unchanged as unchanged
+from optaxclip._thresholds.by_name import as_rule as as_rule
+from optaxclip._thresholds.by_name import by_name as by_name
 from optaxclip._thresholds.constant import Rule as Rule
 from optaxclip._thresholds.constant import Threshold as Threshold
-from optaxclip._thresholds.constant import as_rule as as_rule
 from optaxclip._thresholds.constant import constant as constant
 from optaxclip._thresholds.ema import average as average
 from optaxclip._thresholds.ema import ema as ema

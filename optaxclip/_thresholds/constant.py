@@ -62,7 +62,7 @@ def constant(value: Threshold) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def as_rule(
+def as_one_rule(
     call: str, argument: str, threshold: Threshold | Rule
 ) -> optax.GradientTransformationExtraArgs:
     """A rule as it is; a number, an array or a schedule as a :func:`constant`."""

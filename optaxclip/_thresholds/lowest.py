@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._thresholds.constant import Rule, Threshold, as_rule
+from optaxclip._thresholds.by_name import as_rule
+from optaxclip._thresholds.constant import Rule, Threshold
 
 PyTree = Any
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._thresholds.constant import Threshold, as_rule
+from optaxclip._thresholds.by_name import as_rule
+from optaxclip._thresholds.constant import Threshold
 
 PyTree = Any
 
