@@ -3,8 +3,8 @@
 Every transformation is an ``optax.GradientTransformation``: put it in ``optax.chain``.
 
 Clips with a fixed threshold
-  clip_by_global_norm, clip_by_value, clip_by_leaf_norm, clip_by_block_rms,
-  adaptive_grad_clip
+  clip_by_global_norm, clip_by_value, clip_by_leaf_norm, clip_by_subtree_norm,
+  clip_by_block_rms, adaptive_grad_clip
 
 Clips that choose their own threshold
   clip_by_percentile, autoclip, zclip, adagc
@@ -25,9 +25,10 @@ From the literature
 
 Build your own
   clip_by, skip_by
-  norms: global_norm, leaf_norm, unit_norm, leaf_rms; unit_axes has layouts
+  norms: global_norm, leaf_norm, subtree_norm, unit_norm, leaf_rms; unit_axes has
+  layouts
   rules for the threshold: constant, relative, quantile, tracked_quantile, zscore,
-  window_zscore, ema, lowest; rules has their parts
+  window_zscore, ema, lowest, by_name; rules has their parts
   rescale, clamp, normalize, Scaling: how a threshold is applied
 
 States and types
@@ -58,6 +59,7 @@ from optaxclip._norms import AxisName as AxisName
 from optaxclip._norms import global_norm as global_norm
 from optaxclip._norms import leaf_norm as leaf_norm
 from optaxclip._norms import leaf_rms as leaf_rms
+from optaxclip._norms import subtree_norm as subtree_norm
 from optaxclip._norms import unit_norm as unit_norm
 from optaxclip._state import History as History
 from optaxclip._state import HistoryState as HistoryState
@@ -66,6 +68,7 @@ from optaxclip._state import migrate_state as migrate_state
 from optaxclip._state import record_history as record_history
 from optaxclip._thresholds import Rule as Rule
 from optaxclip._thresholds import Threshold as Threshold
+from optaxclip._thresholds import by_name as by_name
 from optaxclip._thresholds import constant as constant
 from optaxclip._thresholds import ema as ema
 from optaxclip._thresholds import lowest as lowest
@@ -82,6 +85,7 @@ from optaxclip._transforms import clip_by_block_rms as clip_by_block_rms
 from optaxclip._transforms import clip_by_global_norm as clip_by_global_norm
 from optaxclip._transforms import clip_by_leaf_norm as clip_by_leaf_norm
 from optaxclip._transforms import clip_by_percentile as clip_by_percentile
+from optaxclip._transforms import clip_by_subtree_norm as clip_by_subtree_norm
 from optaxclip._transforms import clip_by_value as clip_by_value
 from optaxclip._transforms import dynamic_loss_scale as dynamic_loss_scale
 from optaxclip._transforms import loss_scale as loss_scale
@@ -112,12 +116,14 @@ __all__ = [
     "adaptive_grad_clip",
     "audit",
     "autoclip",
+    "by_name",
     "clamp",
     "clip_by",
     "clip_by_block_rms",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
     "clip_by_percentile",
+    "clip_by_subtree_norm",
     "clip_by_value",
     "constant",
     "contrib",
@@ -140,6 +146,7 @@ __all__ = [
     "skip_by",
     "skip_nonfinite",
     "skip_spikes",
+    "subtree_norm",
     "tracked_quantile",
     "unit_axes",
     "unit_norm",

@@ -23,6 +23,7 @@ TRANSFORMS = {
     "clip_by_value": optaxclip.clip_by_value,
     "clip_by_global_norm": optaxclip.clip_by_global_norm,
     "clip_by_leaf_norm": optaxclip.clip_by_leaf_norm,
+    "clip_by_subtree_norm": optaxclip.clip_by_subtree_norm,
     "clip_by_block_rms": optaxclip.clip_by_block_rms,
     "adaptive_grad_clip": lambda t, **axis: optaxclip.adaptive_grad_clip(
         t, axis=last_axes, **axis

@@ -80,7 +80,7 @@ def compile_fast(request):
     fast = OPTIMIZED.isdisjoint({request.path.parent.name, request.path.stem})
     fast &= os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != "0"
     jax.config.update("jax_disable_most_optimizations", fast)
-    yield
+    yield fast
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -36,6 +36,7 @@ MEASURING = [
     "clip_by_value",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
+    "clip_by_subtree_norm",
     "clip_by_block_rms",
     "clip_by(global_norm, ord=1)",
     "clip_by(leaf_norm, ord=inf)",

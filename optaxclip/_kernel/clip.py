@@ -26,7 +26,7 @@ from optaxclip._kernel.measure import Norm, initial
 from optaxclip._kernel.names import Norms
 from optaxclip._kernel.probe import check_rule
 from optaxclip._kernel.states import own
-from optaxclip._norms import AxisName, along, split
+from optaxclip._norms import AxisName, along, prefix_of, split
 from optaxclip._show import chosen, default, shown
 from optaxclip._thresholds import Rule, Threshold, as_rule
 
@@ -151,7 +151,7 @@ def clip_by(
         norms, thresholds = decision.norms, decision.thresholds
         with jax.debug_infs(False):  # of thresholds that do not bound
             scales = jax.tree.map(scale_of(apply), norms, thresholds)
-        placed = decision.place(thresholds), decision.place(scales)
+        placed = [prefix_of(decision.place(x)) for x in (thresholds, scales)]
         _check_prefix(placed[0], gradients)
         clipped = jax.tree.map(
             lambda threshold, scale, under: jax.tree.map(

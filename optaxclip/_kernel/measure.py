@@ -23,6 +23,7 @@ from optaxclip._norms import (
     leaf_norm,
     leaf_rms,
     split,
+    subtree_norm,
     taken_as_whole,
     unit_norm,
 )
@@ -90,7 +91,7 @@ def _takes_as_whole(norm: Norm) -> bool:
     """Whether a norm surely takes leaves as whole; a user's own function may not."""
     is_partial = isinstance(norm, functools.partial)
     function, given = (norm.func, norm.keywords) if is_partial else (norm, {})
-    is_ours = function in (global_norm, leaf_norm, leaf_rms, unit_norm)
+    is_ours = function in (global_norm, leaf_norm, leaf_rms, subtree_norm, unit_norm)
     return is_ours and given.get("axis_name", ()) in (None, ())
 
 

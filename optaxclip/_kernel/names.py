@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._norms import path_name
+from optaxclip._norms import GroupNorms, path_name
 
 PyTree = Any
 Norms = jax.Array | dict[str, jax.Array]
@@ -26,6 +26,13 @@ class Named(NamedTuple):
 
 def named(tree: PyTree, known: Norms | tuple[()] = ()) -> Named:
     """The norms in a tree by their paths, spelled as the ``known`` ones are."""
+    if isinstance(tree, GroupNorms) and tree:
+
+        def hold(values: Norms) -> PyTree:
+            assert isinstance(values, dict)
+            return tree.holding(values)
+
+        return Named(dict(tree), hold)
     paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [path for path, _ in paths_and_norms]
     if not paths:

@@ -8,6 +8,9 @@ from optaxclip._norms.gradients import scaled as scaled
 from optaxclip._norms.gradients import split as split
 from optaxclip._norms.gradients import unwrapped as unwrapped
 from optaxclip._norms.gradients import widen as widen
+from optaxclip._norms.groups import GroupNorms as GroupNorms
+from optaxclip._norms.groups import GroupOf as GroupOf
+from optaxclip._norms.groups import prefix_of as prefix_of
 from optaxclip._norms.maximum import largest as largest
 from optaxclip._norms.shares import AxisName as AxisName
 from optaxclip._norms.shares import depth_of_caller as depth_of_caller
@@ -16,6 +19,7 @@ from optaxclip._norms.shares import same_on_all_devices as same_on_all_devices
 from optaxclip._norms.shares import taken_as_whole as taken_as_whole
 from optaxclip._norms.shares import varying_axes as varying_axes
 from optaxclip._norms.shares import warned as warned
+from optaxclip._norms.subtree import subtree_norm as subtree_norm
 from optaxclip._norms.tree import along as along
 from optaxclip._norms.tree import global_norm as global_norm
 from optaxclip._norms.tree import leaf_norm as leaf_norm

@@ -14,14 +14,14 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from optaxclip._norms.gradients import accumulator, widen
-from optaxclip._norms.shares import MeshAxes, reduce_sum, reduce_total, whole_size
+from optaxclip._norms.shares import MeshAxes, reduce_sum, reduce_totals, whole_size
 
 Axes = tuple[int, ...] | None
 Shares = tuple[MeshAxes, ...]  # for each leaf
@@ -29,9 +29,32 @@ Arrays = list[jax.Array]
 Sums = Callable[[Arrays, Arrays | None], Arrays]  # of the leaves, in these units
 
 
+class Groups(NamedTuple):
+    """Leaves that share a norm: each leaf's group, counted from 0 without a gap."""
+
+    of: tuple[int, ...]
+
+    def members(self, values: Sequence[Any]) -> list[list[Any]]:
+        """What belongs to the leaves of each group."""
+        members: list[list[Any]] = [[] for _ in range(max(self.of) + 1)]
+        for group, value in zip(self.of, values, strict=True):
+            members[group].append(value)
+        return members
+
+
+By = Groups | tuple[Axes, ...]  # of each leaf: its group, or the axes of its units
+
+
 def joint_norm(leaves: Sequence[jax.Array], shares: Sequence[MeshAxes]) -> jax.Array:
     """The norm of all leaves together, a scalar."""
-    return _norms(list(leaves), None, tuple(shares))[0]
+    return group_norms(leaves, (0,) * len(leaves), shares)[0]
+
+
+def group_norms(
+    leaves: Sequence[jax.Array], groups: tuple[int, ...], shares: Sequence[MeshAxes]
+) -> Arrays:
+    """For each group of leaves a scalar: the norm of these leaves together."""
+    return _norms(list(leaves), Groups(groups), tuple(shares)) if leaves else []
 
 
 def separate_norms(
@@ -43,32 +66,34 @@ def separate_norms(
 
 # Compiled by itself when called eagerly: an eager loop would compile at every call.
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _norms(leaves: Arrays, axes: tuple[Axes, ...] | None, shares: Shares) -> Arrays:
-    return _closed_form(leaves, axes, shares)
+def _norms(leaves: Arrays, by: By, shares: Shares) -> Arrays:
+    return _closed_form(leaves, by, shares)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _closed_form(
-    leaves: Arrays, axes: tuple[Axes, ...] | None, shares: Shares
-) -> Arrays:
-    if axes is None:
-        rows = zip(leaves, shares, strict=True)
-        count = sum(whole_size(x, share) for x, share in rows)
-        sums = functools.partial(_joint_sum, shares=shares)
-        return _roots(leaves, sums, [count], False)
-    counts = [_count(*row) for row in zip(leaves, axes, shares, strict=True)]
-    sums = functools.partial(_separate_sums, axes=axes, shares=shares)
-    norms = _roots(leaves, sums, counts, True)
-    dtypes = [accumulator(x.dtype) for x in leaves]
+def _closed_form(leaves: Arrays, by: By, shares: Shares) -> Arrays:
+    if isinstance(by, Groups):
+        sizes = [whole_size(x, share) for x, share in zip(leaves, shares, strict=True)]
+        counts = [sum(group) for group in by.members(sizes)]
+        dtypes = [
+            accumulator(*group) for group in by.members([x.dtype for x in leaves])
+        ]
+        sums = functools.partial(_group_sums, groups=by, shares=shares)
+    else:
+        counts = [_count(*row) for row in zip(leaves, by, shares, strict=True)]
+        dtypes = [accumulator(x.dtype) for x in leaves]
+        sums = functools.partial(_separate_sums, axes=by, shares=shares)
+    joint = isinstance(by, Groups) and len(counts) == 1
+    norms = _roots(leaves, sums, counts, zero_fits=not joint)
     return [norm.astype(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
 
 
 @_closed_form.defjvp
 def _closed_form_jvp(
-    axes: tuple[Axes, ...] | None, shares: Shares, primals: Any, tangents: Any
+    by: By, shares: Shares, primals: Any, tangents: Any
 ) -> tuple[Arrays, Arrays]:
     (leaves,), (directions,) = primals, tangents
-    norms = _closed_form(leaves, axes, shares)
+    norms = _closed_form(leaves, by, shares)
     divisors = [jnp.where(norm == 0, 1, norm) for norm in norms]
 
     def slope(
@@ -83,12 +108,13 @@ def _closed_form_jvp(
         partial = jnp.sum(product, axis=axis, keepdims=axis is not None)
         return reduce_sum(partial, share)
 
-    if axes is None:
-        rows = zip(leaves, directions, shares, strict=True)
-        slopes = [slope(x, dx, divisors[0], None, share) for x, dx, share in rows]
-        return norms, [functools.reduce(operator.add, slopes)]
-    rows = zip(leaves, directions, divisors, axes, shares, strict=True)
-    return norms, [slope(*row) for row in rows]
+    if not isinstance(by, Groups):
+        rows = zip(leaves, directions, divisors, by, shares, strict=True)
+        return norms, [slope(*row) for row in rows]
+    of_leaves = [divisors[group] for group in by.of]
+    rows = zip(leaves, directions, of_leaves, shares, strict=True)
+    slopes = [slope(x, dx, norm, None, share) for x, dx, norm, share in rows]
+    return norms, [functools.reduce(operator.add, x) for x in by.members(slopes)]
 
 
 def _roots(
@@ -143,10 +169,12 @@ def _any_of(totals: Arrays, seen: Sequence[float]) -> jax.Array:
     return jnp.any(lax.optimization_barrier(jnp.stack(flags)), axis=0)
 
 
-def _joint_sum(leaves: Arrays, units: Arrays | None, shares: Shares) -> Arrays:
-    units = units and units * len(leaves)
+def _group_sums(
+    leaves: Arrays, units: Arrays | None, groups: Groups, shares: Shares
+) -> Arrays:
+    units = units and [units[group] for group in groups.of]
     sums = list(_sums(leaves, [None] * len(leaves), units))
-    return [reduce_total(sums, shares, _total)]
+    return reduce_totals(groups.members(sums), groups.members(shares), _total)
 
 
 def _total(sums: Arrays) -> jax.Array:

@@ -106,17 +106,26 @@ def reduce_max(x: jax.Array, axes: MeshAxes) -> jax.Array:
     return lax.pmax(x, axes) if axes else x
 
 
-def reduce_total(
-    values: Sequence[jax.Array],
-    shares: Sequence[MeshAxes],
+def reduce_totals(
+    values: Sequence[Sequence[jax.Array]],
+    shares: Sequence[Sequence[MeshAxes]],
     total: Callable[[list[jax.Array]], jax.Array],
-) -> jax.Array:
-    """The total of all values, reduced once for each group that has the same axes."""
-    groups: dict[MeshAxes, list[jax.Array]] = {}
-    for value, axes in zip(values, shares, strict=True):
-        groups.setdefault(axes, []).append(value)
-    totals = [reduce_sum(total(group), axes) for axes, group in groups.items()]
-    return functools.reduce(operator.add, totals)
+) -> list[jax.Array]:
+    """The total of each group of values; one reduction for all of the same axes."""
+    parts: dict[MeshAxes, dict[int, list[jax.Array]]] = {}
+    for group, row in enumerate(zip(values, shares, strict=True)):
+        for value, axes in zip(*row, strict=True):
+            parts.setdefault(axes, {}).setdefault(group, []).append(value)
+    totals: list[list[jax.Array]] = [[] for _ in values]
+    for axes, groups in parts.items():
+        of_groups = [total(group) for group in groups.values()]
+        if axes and len(of_groups) > 1:
+            of_groups = list(reduce_sum(jnp.stack(of_groups), axes))
+        elif axes:
+            of_groups = [reduce_sum(of_groups[0], axes)]
+        for group, x in zip(groups, of_groups, strict=True):
+            totals[group].append(x)
+    return [functools.reduce(operator.add, group) for group in totals]
 
 
 def _checked_axes() -> set[str]:

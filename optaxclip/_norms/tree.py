@@ -23,7 +23,7 @@ from optaxclip._norms.shares import (
     AxisName,
     MeshAxes,
     reduce_sum,
-    reduce_total,
+    reduce_totals,
     shares_of,
     whole_size,
 )
@@ -67,21 +67,13 @@ def global_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> ja
       >>> print(optaxclip.global_norm(tree), optaxclip.global_norm(tree, ord=1))
       5.0 7.0
     """
-    _check_ord("global_norm", ord)
+    check_ord("global_norm", ord)
     gradients = split(tree).gradients
     leaves = jax.tree.leaves(gradients)
     shares = shares_of("global_norm", gradients, axis_name)
     if not leaves:
         return jnp.zeros((), jnp.float32)
-    if ord == 2:
-        return euclidean.joint_norm(leaves, shares)
-    dtype = accumulator(*(x.dtype for x in leaves))
-    moduli = [jnp.abs(widen(x, dtype)) for x in leaves]
-    if ord == 1:
-        sums = [jnp.sum(x) for x in moduli]
-        return reduce_total(sums, shares, _sequential_sum)
-    rows = zip(moduli, shares, strict=True)
-    return functools.reduce(jnp.maximum, [largest(x, None, on) for x, on in rows])
+    return joint(leaves, (0,) * len(leaves), shares, ord)[0]
 
 
 def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTree:
@@ -108,7 +100,7 @@ def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTr
       >>> print(norms["w"], norms["b"])
       5.0 2.0
     """
-    _check_ord("leaf_norm", ord)
+    check_ord("leaf_norm", ord)
     gradients = split(tree).gradients
     leaves = jax.tree.leaves(gradients)
     shares = shares_of("leaf_norm", gradients, axis_name)
@@ -149,7 +141,7 @@ def unit_norm(
       >>> print(optaxclip.unit_norm({"kernel": kernel})["kernel"])
       [[5. 2.]]
     """
-    _check_ord("unit_norm", ord)
+    check_ord("unit_norm", ord)
     gradients = split(tree).gradients
     shares = shares_of("unit_norm", gradients, axis_name)
     if any(shares):
@@ -196,6 +188,28 @@ def leaf_rms(tree: PyTree, *, axis_name: AxisName = None) -> PyTree:
     )
 
 
+def joint(
+    leaves: Sequence[jax.Array],
+    groups: tuple[int, ...],
+    shares: Sequence[MeshAxes],
+    ord: Ord,
+) -> list[jax.Array]:
+    """One norm for each group of leaves."""
+    if ord == 2:
+        return euclidean.group_norms(leaves, groups, shares)
+    members = euclidean.Groups(groups).members
+    dtypes = [accumulator(*group) for group in members([x.dtype for x in leaves])]
+    moduli = [
+        jnp.abs(widen(x, dtypes[group]))
+        for x, group in zip(leaves, groups, strict=True)
+    ]
+    if ord == 1:
+        sums = [jnp.sum(x) for x in moduli]
+        return reduce_totals(members(sums), members(shares), _sequential_sum)
+    tops = [largest(x, None, on) for x, on in zip(moduli, shares, strict=True)]
+    return [functools.reduce(jnp.maximum, group) for group in members(tops)]
+
+
 def _sequential_sum(values: list[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, values)
 
@@ -205,7 +219,7 @@ def along(norm: Any, axis_name: AxisName) -> Any:
     return norm if axis_name is None else functools.partial(norm, axis_name=axis_name)
 
 
-def _check_ord(call: str, ord: Ord) -> None:
+def check_ord(call: str, ord: Ord) -> None:
     if np.ndim(ord) or ord not in (1, 2, math.inf):
         raise ValueError(f"`{call}(ord=...)` must be 2, 1 or inf, got {ord!r}.")
 

@@ -14,3 +14,4 @@ from optaxclip._transforms.scale_state import LossScaleState as LossScaleState
 from optaxclip._transforms.scale_state import loss_scale as loss_scale
 from optaxclip._transforms.skips import skip_nonfinite as skip_nonfinite
 from optaxclip._transforms.skips import skip_spikes as skip_spikes
+from optaxclip._transforms.subtree import clip_by_subtree_norm as clip_by_subtree_norm

@@ -25,7 +25,7 @@ def free_port():
 
 
 @pytest.fixture
-def start():
+def start(compile_fast):
     """Starts a process; none outlives the test."""
     started = []
 
@@ -35,9 +35,7 @@ def start():
             "XLA_FLAGS": flags,
             "JAX_PLATFORMS": "cpu",
             # As in this process: it must come to the same bits.
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(
-                jax.config.jax_disable_most_optimizations
-            ),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(compile_fast),
         }
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), *map(str, arguments)],

@@ -107,7 +107,7 @@ def leaves(tree):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both(tmp_path_factory, compile_fast):
     """The second halves of all runs: uninterrupted, and by another process."""
     path = tmp_path_factory.mktemp("checkpoints")
     halfway, uninterrupted = {}, {}
@@ -119,9 +119,7 @@ def both(tmp_path_factory):
         checkpoints.save(HALF, args=ocp.args.StandardSave(halfway))
     found = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),  # `cases`, too
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(
-            jax.config.jax_disable_most_optimizations
-        ),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(compile_fast),
     }
     subprocess.run([sys.executable, __file__, path], check=True, env=found, timeout=600)
     with np.load(path / "resumed.npz") as arrays:
