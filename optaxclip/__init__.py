@@ -154,7 +154,7 @@ __all__ = [
     "zclip",
     "zscore",
 ]
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
