@@ -9,6 +9,9 @@ Clips with a fixed threshold
 Clips that choose their own threshold
   clip_by_percentile, autoclip, zclip, adagc
 
+Inside a model
+  clip_cotangent: clip the gradient that flows back through one value
+
 Around an optimizer
   skip_nonfinite, skip_spikes: skip bad steps as a whole
   dynamic_loss_scale, loss_scale: float16
@@ -87,6 +90,7 @@ from optaxclip._transforms import clip_by_leaf_norm as clip_by_leaf_norm
 from optaxclip._transforms import clip_by_percentile as clip_by_percentile
 from optaxclip._transforms import clip_by_subtree_norm as clip_by_subtree_norm
 from optaxclip._transforms import clip_by_value as clip_by_value
+from optaxclip._transforms import clip_cotangent as clip_cotangent
 from optaxclip._transforms import dynamic_loss_scale as dynamic_loss_scale
 from optaxclip._transforms import loss_scale as loss_scale
 from optaxclip._transforms import skip_nonfinite as skip_nonfinite
@@ -125,6 +129,7 @@ __all__ = [
     "clip_by_percentile",
     "clip_by_subtree_norm",
     "clip_by_value",
+    "clip_cotangent",
     "constant",
     "contrib",
     "dynamic_loss_scale",

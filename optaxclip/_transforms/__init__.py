@@ -2,6 +2,7 @@
 
 from optaxclip._transforms.adaptive import adagc as adagc
 from optaxclip._transforms.adaptive import zclip as zclip
+from optaxclip._transforms.cotangent import clip_cotangent as clip_cotangent
 from optaxclip._transforms.fixed import adaptive_grad_clip as adaptive_grad_clip
 from optaxclip._transforms.fixed import clip_by_block_rms as clip_by_block_rms
 from optaxclip._transforms.fixed import clip_by_global_norm as clip_by_global_norm
