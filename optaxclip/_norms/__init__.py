@@ -9,7 +9,6 @@ from optaxclip._norms.gradients import split as split
 from optaxclip._norms.gradients import unwrapped as unwrapped
 from optaxclip._norms.gradients import widen as widen
 from optaxclip._norms.groups import GroupNorms as GroupNorms
-from optaxclip._norms.groups import GroupOf as GroupOf
 from optaxclip._norms.groups import prefix_of as prefix_of
 from optaxclip._norms.maximum import largest as largest
 from optaxclip._norms.shares import AxisName as AxisName

@@ -11,7 +11,6 @@ from optaxclip import _checks
 from optaxclip._norms.gradients import path_name
 
 PyTree = Any
-GroupOf = Callable[[str], str]  # from the path of a leaf to the name of its group
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -53,7 +52,9 @@ class GroupNorms(dict[str, jax.Array]):
         return cls(zip(keys, children, strict=True), groups, treedef)
 
 
-def groups_of(gradients: PyTree, depth: int, group: GroupOf | None) -> list[str]:
+def groups_of(
+    gradients: PyTree, depth: int, group: Callable[[str], str] | None
+) -> list[str]:
     """The name of the group of every leaf."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(gradients)[0]]
     if group is not None:
@@ -67,7 +68,7 @@ def groups_of(gradients: PyTree, depth: int, group: GroupOf | None) -> list[str]
     return [names[prefix] for prefix in prefixes]
 
 
-def _named(group: GroupOf, path: str) -> str:
+def _named(group: Callable[[str], str], path: str) -> str:
     name = group(path)
     if not isinstance(name, str):
         raise ValueError(

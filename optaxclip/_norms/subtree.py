@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from optaxclip._norms.gradients import split
-from optaxclip._norms.groups import GroupNorms, GroupOf, groups_of
+from optaxclip._norms.groups import GroupNorms, groups_of
 from optaxclip._norms.shares import AxisName, shares_of
 from optaxclip._norms.tree import Ord, check_ord, joint
 
@@ -19,9 +20,9 @@ def subtree_norm(
     depth: int = 1,
     ord: Ord = 2,
     *,
-    group: GroupOf | None = None,
+    group: Callable[[str], str] | None = None,
     axis_name: AxisName = None,
-) -> GroupNorms:
+) -> dict[str, jax.Array]:
     r"""The norm of every subtree, such as a layer: of all leaves in it together.
 
     .. math:: n_k = \Big( \sum_{l \in k} \|g_l\|_2^2 \Big)^{1/2}

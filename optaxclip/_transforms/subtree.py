@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
 
 from optaxclip._kernel import clip_by
-from optaxclip._norms import AxisName, GroupOf, subtree_norm
+from optaxclip._norms import AxisName, subtree_norm
 from optaxclip._thresholds import Rule, Threshold, as_rule, by_name
 
 
@@ -17,7 +17,7 @@ def clip_by_subtree_norm(
     max_norm: Threshold | Rule | Mapping[str, Any],
     depth: int = 1,
     *,
-    group: GroupOf | None = None,
+    group: Callable[[str], str] | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales every subtree, such as a layer, down to a 2-norm.
