@@ -135,6 +135,7 @@ def test_what_cannot_run_is_refused_at_once(tmp_path, arguments, message):
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_adaptive_clipping_leaves_the_head_to_a_fixed_bound(example):
     config = example.Config(clipping=0.04, max_norm=0.5, rate=1.0, momentum=0.0)
     _, params = example.new_model(config, seed=0)

@@ -119,6 +119,7 @@ def test_a_run_tells_what_it_did(whole):
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_as_one_that_is_not(whole, tmp_path):
     script, folder, printed = whole
     first = kill_after_a_checkpoint(start(script, tmp_path), tmp_path)

@@ -70,8 +70,8 @@ def test_float64_leaves_are_measured_in_float64():
 
 
 def test_many_bfloat16_leaves_are_summed_in_float32():
-    leaves = [jnp.ones((), jnp.bfloat16)] * 2000
-    assert optaxclip.global_norm(leaves) == pytest.approx(math.sqrt(2000), rel=1e-6)
+    leaves = [jnp.ones((), jnp.bfloat16)] * 600  # a bfloat16 sum stops at 256
+    assert optaxclip.global_norm(leaves) == pytest.approx(math.sqrt(600), rel=1e-6)
 
 
 @hypothesis.given(st.integers(-125, 126), st.sampled_from(["float32", "bfloat16"]))

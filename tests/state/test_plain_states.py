@@ -59,7 +59,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize(("kind", "devices", "name"), MESHES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_parameters_of_flax_nnx_with_shardings(kind, devices, name):
     make = TRANSFORMS[name]
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
