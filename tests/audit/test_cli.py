@@ -125,6 +125,7 @@ def test_replay_json(capsys, run_log):
 
 
 @pytest.mark.parametrize("command", ["summary", "suggest", "replay"])
+@pytest.mark.sample(1)
 def test_several_logs(capsys, tmp_path, command):
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -559,7 +560,7 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("name", EXTREMES)
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 def test_numbers_of_float64_never_end_in_a_traceback(
     capsys, monkeypatch, tmp_path, name
 ):
@@ -594,6 +595,7 @@ HEADS = [
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.sample(3)
 def test_a_first_line_of_other_types(capsys, monkeypatch, tmp_path, head):
     monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
     monkeypatch.setattr(page_module.stills, "image", lambda _: "")

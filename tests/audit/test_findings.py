@@ -61,7 +61,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", runs.RUNS)
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 def test_a_run_is_known_by_its_findings(name, tmp_path, monkeypatch):
     data = runs.RUNS[name](tmp_path / "run.jsonl")
     titles, detail = EXPECTED[name]

@@ -277,7 +277,7 @@ def test_without_loss_and_leaves_their_parts_are_absent(tmp_path):
 @pytest.mark.parametrize(
     "norm", [[math.nan] * 50, [1.5], [0.0] * 40, [math.inf, 1e-30, 1e30]]
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_poor_logs_have_a_page(norm, tmp_path):
     leaf_norms = np.stack([norm, norm], axis=1)
     data = log(norm, leaf_names=("a", "b"), leaf_norms=leaf_norms)

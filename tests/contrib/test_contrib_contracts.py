@@ -51,6 +51,7 @@ def mixed():
 
 @pytest.mark.parametrize("make_tree", [mixed, dict])
 @pytest.mark.parametrize("name", CONTRIB)
+@pytest.mark.sample(1)
 def test_every_tree_keeps_its_form_and_so_does_the_state(name, make_tree):
     """Traced only: forms are known then."""
     with jax.enable_x64(True):
@@ -73,6 +74,7 @@ def assert_plain(state):
 
 
 @every_clip
+@pytest.mark.sample(1)
 def test_eager_scan_and_vmap_agree_and_bad_batches_leave_no_trace(name):
     tx = CONTRIB[name](0.5)
 

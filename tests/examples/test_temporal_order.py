@@ -139,6 +139,7 @@ def test_what_cannot_run_is_refused_at_once(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("length", [10, 25, 30])
+@pytest.mark.sample(1)
 def test_sequences_hold_two_marks_where_the_task_puts_them(example, length):
     inputs_BTI, labels_B = example.temporal_order(jax.random.key(0), 500, length)
     symbols_BT = np.asarray(inputs_BTI).argmax(-1)

@@ -96,6 +96,7 @@ def whole(request, tmp_path_factory):
     return request.param, folder, run(request.param, folder)
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_it_did(whole):
     script, folder, printed = whole
     log = read(folder / "seed0" / "clip.jsonl")

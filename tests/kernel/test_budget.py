@@ -55,7 +55,7 @@ def cost(name, dtype=jnp.float32):
         pytest.param("normalize", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_clip_reads_the_gradients_once_and_copies_nothing(name, monkeypatch):
     if name == "value":  # several devices cost it a copy on CPUs, see `_maximum`
         monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -75,6 +75,7 @@ def test_optax_is_what_the_budget_was_set_against():
 
 @pytest.mark.parametrize("name", ["optaxclip", "leaf", "percentile"])
 @pytest.mark.sample(1)
+@pytest.mark.slow
 def test_bfloat16_costs_less_than_optax(name):
     """Less of a copy in float32, which XLA for CPU makes for AdamW and the clip."""
     ours, theirs = cost(name, jnp.bfloat16), cost("optax", jnp.bfloat16)
@@ -84,7 +85,7 @@ def test_bfloat16_costs_less_than_optax(name):
 
 @pytest.mark.parametrize("norm", [optaxclip.global_norm, optaxclip.leaf_norm])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_a_norm_is_one_read_and_no_copy(norm, dtype):
     params = gpt_like(dtype)
     grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))

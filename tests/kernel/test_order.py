@@ -118,7 +118,7 @@ def on_one_device(name):
 
 
 @every_transform
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_the_reference_decides_both_ways(name):
     """Else the tests below would compare nothing."""
     _, report = on_one_device(name)[-1]
@@ -228,7 +228,7 @@ def placed(mesh, spec, tree):
 
 @every_transform
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_jit_with_a_sharded_batch(name, kind):
     tx = TRANSFORMS[name]()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
@@ -255,7 +255,7 @@ def specs_of(tx, state, params):
 
 @every_transform
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_jit_with_sharded_parameters_and_state(name, kind):
     tx = TRANSFORMS[name]()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
@@ -337,6 +337,7 @@ def last_of(training, count=4):
 
 
 @pytest.mark.parametrize("name", [n for n in TRANSFORMS if n not in GUARDED])
+@pytest.mark.sample(1)
 def test_micro_batches(name):
     """Four of them are one batch, and one step for every counter and every rule."""
     tx = accumulated(TRANSFORMS[name](), 4)
@@ -347,6 +348,7 @@ def test_micro_batches(name):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["skip", "loss scale"])
+@pytest.mark.sample(1)
 def test_a_bad_micro_batch_is_left_out_and_its_step_waits_for_another(scaled):
     clip = "clip_by_global_norm"
     tx = accumulated(TRANSFORMS[clip](), 4)

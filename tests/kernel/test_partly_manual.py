@@ -165,7 +165,7 @@ def layout(tx, state, specs):
 @pytest.mark.parametrize("told", [False, True], ids=["checked", "told"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", NAMES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_as_on_one_device(group, kind, told):
     """Numbers to rounding; whatever is counted or decided, exactly."""
     over_x = jax.tree.map(lambda spec: "x" if "x" in spec else None, LAYOUTS[group])

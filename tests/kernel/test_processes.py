@@ -63,6 +63,7 @@ def assert_same_steps(actual, expected):
             raise
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(start, tmp_path):
     port = free_port()
     files = [tmp_path / f"{index}.pickle" for index in range(2)]

@@ -69,19 +69,20 @@ def cases(names):
 
 
 @pytest.mark.parametrize(("name", "shape", "specs"), cases(OF_LEAVES))
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 def test_types_say_what_is_a_share(name, shape, specs):
     assert_same_run(run_mapped(EVERY[name](THRESHOLD), shape, specs), name)
 
 
 @pytest.mark.parametrize(("name", "shape", "specs"), cases(MEASURING))
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_axis_name_says_what_is_a_share(name, shape, specs):
     tx = EVERY[name](THRESHOLD, axis_name=names(specs))
     assert_same_run(run_mapped(tx, shape, specs, check_vma=False), name)
 
 
 @pytest.mark.parametrize("name", ["clip_by_percentile", "skip_spikes"])
+@pytest.mark.sample(1)
 def test_where_types_tell_axis_name_changes_nothing(name):
     tx = EVERY[name](THRESHOLD, axis_name=names(ONE_AXIS))
     assert_same_run(run_mapped(tx, (8,), ONE_AXIS), name)
@@ -110,7 +111,7 @@ def joined(tree, specs):
 
 @pytest.mark.parametrize("over", [jax.pmap, jax.vmap])
 @pytest.mark.parametrize("name", MEASURING)
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 def test_pmap_and_vmap_with_shares(name, over):
     tx = EVERY[name](THRESHOLD, axis_name=names(ONE_AXIS))
     params, params_axes = split(parameters(), ONE_AXIS)
@@ -132,7 +133,7 @@ def assert_bitwise_equal(copies):
 @pytest.mark.parametrize(
     "name", ["clip_by_percentile", "clip_by_percentile(leaf)", "zclip", "skip_spikes"]
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_a_thousand_steps_leave_the_same_bits_on_all_devices(name):
     """Of the state, whose copies nothing keeps together but the same decisions."""
     tx, on = EVERY[name](THRESHOLD, axis_name="x"), mesh(KINDS["auto"], 8)
@@ -201,7 +202,7 @@ WARNED = {
 
 @pytest.mark.parametrize("where", BLIND)
 @pytest.mark.parametrize("name", WARNED)
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_one_warning_where_nobody_said_what_is_a_share(name, where):
     def step(tx, x):
         state = tx.init(x)
@@ -322,6 +323,7 @@ def told_skip(outer, inner):
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("x", "untold"), ("x", "x")])
+@pytest.mark.sample(1)
 def test_a_clip_trusts_the_skip_around_it(outer, inner):
     tx, grads = told_skip(outer, inner), jnp.arange(1.0, 9.0)
     state = tx.init(grads[:1])

@@ -49,6 +49,7 @@ def members(name, by):
 
 @pytest.mark.parametrize("ord", [1, 2, np.inf])
 @pytest.mark.parametrize("by", GROUPS)
+@pytest.mark.sample(4)
 def test_a_norm_is_that_of_its_leaves_together(by, ord):
     given = {"group": last} if by == "last" else {"depth": by}
     norms = optaxclip.subtree_norm(TREE, ord=ord, **given)
@@ -117,6 +118,7 @@ def of_equinox():
 
 
 @pytest.mark.parametrize("make", [of_nnx, of_equinox])
+@pytest.mark.sample(1)
 def test_layers_of_models(make):
     tx = optaxclip.clip_by_subtree_norm(0.1, depth=2)
     params = make()

@@ -56,6 +56,7 @@ def record(request, tmp_path_factory):
 
 
 @pytest.mark.sample(1)
+@pytest.mark.slow
 def test_a_benchmark_records_where_it_ran_and_what_it_measured(record):
     written, fields = record
     where = written["environment"]

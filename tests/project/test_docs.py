@@ -56,6 +56,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.sample(60)
 def test_docstring_examples(name):
     module = importlib.import_module(name)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -92,7 +93,7 @@ def loggers(monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_the_python_blocks_of_a_page_run_in_order(page, loggers, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # pages write to `runs/`
     monkeypatch.setitem(sys.modules, "page", types.ModuleType("page"))

@@ -131,6 +131,8 @@ def both(tmp_path_factory, compile_fast):
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.sample(1)
+@pytest.mark.slow
 def test_a_fresh_process_goes_on_bit_for_bit(name, both):
     uninterrupted, resumed = both[0][name], both[1][name]
     assert_same_bits(resumed, leaves(uninterrupted))
@@ -152,7 +154,7 @@ FLAX = ADAPTIVE | {
 
 
 @pytest.mark.parametrize("make", FLAX.values(), ids=FLAX)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_flax_serialization_of_a_train_state(make):
     tx = make()
     extra = {"loss": jnp.float32(1.0)}

@@ -50,6 +50,7 @@ def rows(state, length):
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 20])
+@pytest.mark.sample(1)
 def test_every_step_has_a_row(length):
     tx = optaxclip.record_history(clip_and_step(), length, leaf_norms=True)
     steps, history = rows(train(tx, SIZES), length)

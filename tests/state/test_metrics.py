@@ -201,6 +201,7 @@ def pair(one, two):
 
 
 @pytest.mark.parametrize(("make", "prefixes"), PREFIXES.values(), ids=PREFIXES)
+@pytest.mark.sample(3)
 def test_names(make, prefixes):
     report = optaxclip.metrics(after(make(), 1))
     assert list(report) == [f"{p}{key}" for p in prefixes for key in KEYS]
@@ -209,6 +210,7 @@ def test_names(make, prefixes):
 
 @pytest.mark.parametrize("make", [CLIP, optaxclip.clip_by_leaf_norm])
 @pytest.mark.sample(1)
+@pytest.mark.slow
 def test_inside_jit_scan_and_stacked_by_vmap_and_pmap(make):
     tx = optax.chain(make(1.0, axis_name=()), optax.trace(0.9))
     factors = jnp.arange(1.0, 5.0)

@@ -93,7 +93,7 @@ def without_bias(tree):
 
 
 @every_transform
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 def test_a_gradient_that_is_none_is_not_measured_and_its_memory_stays(make):
     tx = optaxclip.record_history(make(LOW), 4, leaf_norms=True)
     _, seen = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
@@ -120,7 +120,7 @@ def test_a_gradient_that_is_none_is_not_measured_and_its_memory_stays(make):
 
 
 @every_kind
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_an_integer_leaf_whose_gradient_is_none(make):
     params = {"w": jnp.ones((3, 2)), "n": jnp.arange(3)}
     tx = everything(make)
@@ -158,7 +158,7 @@ def test_equinox_freezes_layers_its_own_way():
 
 
 @every_kind
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_a_skip_around_a_clip_takes_gradients_that_are_none(make):
     tx = optaxclip.skip_nonfinite(optax.chain(make(LOW), optax.sgd(0.1)))
     state = tx.init(PARAMS)
@@ -170,10 +170,11 @@ def test_a_skip_around_a_clip_takes_gradients_that_are_none(make):
 
 
 @every_transform
+@pytest.mark.sample(1)
 def test_a_leaf_that_init_did_not_see_is_named(make):
     tx = make(LOW)
-    if not isinstance(tx.init(PARAMS).clip_metrics.grad_norm, dict):
-        pytest.skip("one norm, whatever the leaves")
+    if "dense/bias" not in str(tx.init(PARAMS).clip_metrics):
+        pytest.skip("no norm of this leaf alone")
     state = tx.init(without_bias(PARAMS))
     with pytest.raises(ValueError, match=r"updates=.*\['dense/bias'\]"):
         tx.update(PARAMS, state, PARAMS)
@@ -230,7 +231,7 @@ LOSS = {"loss": np.float32(2.0)}
 
 
 @wrapped
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_sam_ends_with_the_parameters_of_its_opaque_mode(make):
     """Its default mode adds up states, each times 0 or 1."""
     target = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
@@ -269,7 +270,7 @@ def test_sam_ends_with_the_parameters_of_its_opaque_mode(make):
 
 
 @wrapped
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 def test_nothing_is_nan_or_infinite_unless_a_gradient_was(make):
     with jax.debug_nans(True), jax.debug_infs(True):
         tx = make()
@@ -286,6 +287,7 @@ def test_nothing_is_nan_or_infinite_unless_a_gradient_was(make):
 
 
 @wrapped
+@pytest.mark.sample(1)
 def test_a_state_prints_on_one_screen(make):
     many = {f"layer_{i}": {"kernel": jnp.ones((3, 3))} for i in range(100)}
     tx = make()
@@ -416,7 +418,7 @@ def trained(name, size, steps):
 @pytest.mark.parametrize("name", SIZED)
 @pytest.mark.parametrize("restored", [with_flax, with_pickle])
 @pytest.mark.parametrize("grown", [False, True])
-@pytest.mark.sample(6)
+@pytest.mark.sample(2)
 def test_a_state_of_another_size_is_refused(name, restored, grown):
     make, field, small, large = SIZED[name]
     old, new = (small, large) if grown else (large, small)
@@ -429,7 +431,7 @@ def test_a_state_of_another_size_is_refused(name, restored, grown):
 
 @pytest.mark.parametrize("name", SIZED)
 @pytest.mark.parametrize("restored", [with_flax, with_pickle])
-@pytest.mark.sample(5)
+@pytest.mark.sample(1)
 def test_a_restored_state_of_the_same_size_goes_on(name, restored):
     make, _, size, _ = SIZED[name]
     tx, state = make(size), trained(name, size, 2 * size)
@@ -439,6 +441,7 @@ def test_a_restored_state_of_the_same_size_goes_on(name, restored):
 
 
 @wrapped
+@pytest.mark.sample(2)
 def test_states_of_numpy_arrays_work_eagerly(make):
     tx = make()
     state = train(tx.update, tx.init(PARAMS), 1)

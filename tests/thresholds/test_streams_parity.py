@@ -109,7 +109,7 @@ def zscores(norms, alpha=0.97, z_max=2.5, warmup=25):
         "max_norm",
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_a_clip_is_its_equation(tx, thresholds_of):
     norms = with_spikes(0.3, 1000)
     updates, states = scan(tx, -norms)  # a sign, which must stay
@@ -124,7 +124,7 @@ def test_a_clip_is_its_equation(tx, thresholds_of):
 
 
 @pytest.mark.parametrize("percentile", [0, 10, 50, 95, 100])
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_autoclip_is_the_original_while_steps_fit_the_window(percentile):
     """Full history, this norm included; then the last norms only."""
     window = 300
@@ -153,6 +153,7 @@ COMPOSED_ADAGC = optax.named_chain(
 @pytest.mark.parametrize(
     "tx", [optaxclip.adagc(), COMPOSED_ADAGC], ids=["adagc", "composed"]
 )
+@pytest.mark.sample(1)
 def test_adagc_is_the_papers_recursion(tx):
     """Global clip in the warm-up and least norm of each tensor; then its own mean."""
     gradients = tensors(500)

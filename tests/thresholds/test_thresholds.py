@@ -42,7 +42,7 @@ def clipped_once(tx):
 
 @every_clip
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
-@pytest.mark.sample(9)
+@pytest.mark.sample(1)
 def test_every_type_of_number_means_the_same(make, number):
     expected, _ = clipped_once(make(1.0))
     for threshold in (number(), lambda step: number()):
@@ -54,6 +54,7 @@ def test_every_type_of_number_means_the_same(make, number):
 
 
 @every_clip
+@pytest.mark.sample(1)
 def test_a_traced_number(make):
     @jax.jit
     def clip(threshold):
@@ -67,7 +68,7 @@ def test_a_traced_number(make):
 
 @every_clip
 @pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 def test_inject_hyperparams_on_bfloat16(make, scheduled):
     argument = {
         "clip_by_value": "max_value",
@@ -159,6 +160,7 @@ def test_lowest_takes_the_smallest_norm_by_norm():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.sample(1)
 def test_the_norm_after_clipping_is_the_threshold_to_one_rounding(dtype):
     rng = np.random.default_rng(0)
     tx = optaxclip.clip_by_global_norm(1.0)

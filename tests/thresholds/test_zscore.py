@@ -72,7 +72,7 @@ MODES = {
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 4e-6), ("float64", 1e-10)])
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.sample(8)
+@pytest.mark.sample(3)
 def test_options_reproduce_the_published_recursion(mode, sigma, dtype, rtol):
     norms = with_spikes(sigma).astype(dtype)
     answer, options = MODES[mode]
@@ -91,6 +91,7 @@ def test_options_reproduce_the_published_recursion(mode, sigma, dtype, rtol):
 
 @pytest.mark.parametrize("sigma", [0.001, 0.1, 0.5])
 @pytest.mark.parametrize("warmup", [1, 24, 25])
+@pytest.mark.sample(6)
 def test_the_default_is_its_equation(warmup, sigma):
     norms = with_spikes(sigma)
     thresholds, state = scan(zscore(warmup=warmup), norms)
@@ -124,7 +125,7 @@ def scales_after_a_shift(rule, sigma, factor, steps=400):
 @pytest.mark.parametrize(
     ("factor", "within"), [(1.5, 10), (2, 20), (4, 35), (10, 50), (100, 85)]
 )
-@pytest.mark.sample(7)
+@pytest.mark.sample(3)
 def test_it_recovers_from_a_lasting_rise(factor, within, sigma):
     # Averaged over the streams, at every step from then on.
     usual, scales = scales_after_a_shift(zscore(), sigma, factor)
@@ -181,6 +182,7 @@ def test_the_share_of_clipped_steps():
 
 
 @pytest.mark.parametrize("spikes", [1, 5])
+@pytest.mark.sample(1)
 def test_spikes_in_the_warmup_are_ignored(spikes):
     norms = lognormal(0.3, 60, STREAMS)
     clean = np.asarray(scan(zscore(), norms)[0])[25:]
@@ -225,6 +227,7 @@ def test_what_is_recorded_raw_opens_the_clip():
 
 
 @pytest.mark.parametrize("rule", [zscore(), PUBLISHED], ids=["default", "published"])
+@pytest.mark.sample(1)
 def test_a_larger_spike_has_no_larger_threshold(rule):
     norms = np.ones(60, np.float32)
     slope = jax.grad(lambda spike: scan(rule, jnp.append(norms, spike))[0][-1])

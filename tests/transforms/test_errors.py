@@ -453,7 +453,7 @@ INJECTED = [
 
 
 @pytest.mark.parametrize(("call", "arguments"), INJECTED, ids=dict(INJECTED))
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_inject_hyperparams_needs_no_static_args(call, arguments):
     tx = optax.inject_hyperparams(getattr(optaxclip, call))(*arguments)
     grads = jax.tree.map(lambda x: 10 * x, GRADS)
@@ -476,6 +476,7 @@ def once_of(tx, grads):
         ("dynamic_loss_scale", {"growth_factor": 4.0}),
     ],
 )
+@pytest.mark.sample(2)
 def test_inject_hyperparams_around_an_optimizer_needs_inner_to_be_static(
     call, hyperparameters
 ):

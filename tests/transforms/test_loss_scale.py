@@ -159,6 +159,7 @@ SIZES = [1.0] * 5 + [1e4] + [1.0] * 12 + [1e3] + [1.0] * 11
 
 
 @pytest.mark.parametrize("init_scale", [2.0**24, 2.0**10])
+@pytest.mark.sample(1)
 def test_the_steps_of_flax(init_scale):
     """Same skips, scales and parameters as the dynamic scale of Flax.
 
@@ -255,7 +256,7 @@ CLIPS = {
 
 @pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
 @pytest.mark.parametrize("init_scale", [2.0**15, 2.0**-10])
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_thresholds_hold_true_gradients(clip, init_scale):
     """Bit for bit the steps of float32 gradients that were never scaled."""
     tx = optaxclip.dynamic_loss_scale(clip, init_scale, min_scale=2.0**-12)
@@ -296,7 +297,7 @@ def test_float16_gradients_are_widened_before_they_are_clipped():
 
 
 @pytest.mark.parametrize("name", TREES)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_every_kind_of_tree(name):
     needs_x64, make_tree = TREES[name]
     with jax.enable_x64(needs_x64):
@@ -499,6 +500,7 @@ def test_nnx_optimizer():
 
 
 @pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.sample(1)
 def test_an_overflow_on_one_device_is_one_on_all(checked):
     """Of a share: types say so, or where they cannot, `axis_name`."""
     axis = {} if checked else {"axis_name": "x"}
@@ -670,6 +672,7 @@ def not_scaled(tx, wrap=lambda f: f):
     [lambda tx: tx, lambda tx: optax.chain(optax.identity(), tx)],
     ids=["bare", "chain"],
 )
+@pytest.mark.sample(2)
 def test_a_loss_that_nobody_scaled_is_told_once(wrap, around, loss_scale_is_known):
     loss_scale_is_known._is_known = False
     tx = around(optaxclip.dynamic_loss_scale(optax.sgd(1.0)))

@@ -36,7 +36,7 @@ def random_tree(shapes, rng):
     ],
 )
 @pytest.mark.parametrize("shapes", SHAPES)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_same_numbers_as_optax(ours, theirs, shapes):
     @jax.jit
     def both(threshold, updates, params):
