@@ -220,6 +220,7 @@ def along(norm: Any, axis_name: AxisName) -> Any:
 
 
 def check_ord(call: str, ord: Ord) -> None:
+    """Refuses an order that is not 1, 2 or infinity."""
     if np.ndim(ord) or ord not in (1, 2, math.inf):
         raise ValueError(f"`{call}(ord=...)` must be 2, 1 or inf, got {ord!r}.")
 

@@ -13,6 +13,7 @@ from optaxclip._thresholds._memory import per_norm as per_norm
 from optaxclip._thresholds._memory import reciprocal as reciprocal
 from optaxclip._thresholds._memory import unchanged as unchanged
 from optaxclip._thresholds.by_name import by_name as by_name
+from optaxclip._thresholds.by_name import rule_by_name as rule_by_name
 from optaxclip._thresholds.constant import Rule as Rule
 from optaxclip._thresholds.constant import Threshold as Threshold
 from optaxclip._thresholds.constant import as_rule as as_rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -55,25 +56,34 @@ def by_name(
       >>> print(updates["body"], updates["head"])
       [0.6 0.8] [0.06 0.08]
     """
+    return rule_by_name("by_name", "thresholds", thresholds, default)
+
+
+def rule_by_name(
+    call: str,
+    argument: str,
+    thresholds: Mapping[str, Threshold | Rule],
+    default: Threshold | Rule = jnp.inf,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`by_name` as a part of ``call``, whose errors name ``argument``."""
     is_mapping = isinstance(thresholds, Mapping)
     if not is_mapping or not all(isinstance(name, str) for name in thresholds):
         rule = "a dict from names to thresholds or rules"
-        _checks.refused("by_name", "thresholds", rule, thresholds)
-    rules = {
-        name: as_rule("by_name", "thresholds", thresholds[name]) for name in thresholds
-    }
-    rest = as_rule("by_name", "default", default)
+        _checks.refused(call, argument, rule, thresholds)
+    rules = {name: as_rule(call, argument, thresholds[name]) for name in thresholds}
+    rest = as_rule(call, "default", default)
+    parted = functools.partial(_parted, call, argument, rules)
 
     def init(params: PyTree) -> ByNameState:
-        named, others = _parted(params, rules)
+        named, others = parted(params)
         states = {name: rules[name].init(norm) for name, norm in named.items()}
         return ByNameState(states, rest.init(others))
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, ByNameState]:
-        named, others = _parted(updates, rules)
-        of_named, of_others = (None,) * 2 if params is None else _parted(params, rules)
+        named, others = parted(updates)
+        of_named, of_others = (None,) * 2 if params is None else parted(params)
         bounds, other_state = rest.update(
             others, state.default_rule, of_others, **extra_args
         )
@@ -88,12 +98,14 @@ def by_name(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _parted(norms: Any, rules: Mapping[str, Any]) -> tuple[dict, dict]:
+def _parted(
+    call: str, argument: str, rules: Mapping[str, Any], norms: Any
+) -> tuple[dict, dict]:
     """The norms that have a rule of their own, and the others."""
     names = sorted(norms) if isinstance(norms, Mapping) else []
     if missing := sorted(rules.keys() - set(names)):
         raise ValueError(
-            f"`by_name(thresholds=...)` must have names of norms, got {missing}; "
+            f"`{call}({argument}=...)` must have names of norms, got {missing}; "
             + (f"the norms are {names}." if names else "the only norm has no name.")
         )
     named: dict[str, jax.Array] = {name: norms[name] for name in sorted(rules)}

@@ -8,9 +8,10 @@ from typing import Any
 
 import optax
 
+from optaxclip import _checks
 from optaxclip._kernel import clip_by
 from optaxclip._norms import AxisName, subtree_norm
-from optaxclip._thresholds import Rule, Threshold, as_rule, by_name
+from optaxclip._thresholds import Rule, Threshold, as_rule, rule_by_name
 
 
 def clip_by_subtree_norm(
@@ -59,9 +60,11 @@ def clip_by_subtree_norm(
       >>> print(updates["layer_1"]["kernel"], updates["layer_2"]["kernel"])
       [0.6 0. ] [0.5 0. ]
     """
-    norm = functools.partial(subtree_norm, depth=depth, group=group)
+    call = "clip_by_subtree_norm"
+    _checks.count(call, "depth", depth)
     if isinstance(max_norm, Mapping):
-        rule = by_name(max_norm)
+        rule = rule_by_name(call, "max_norm", max_norm)
     else:
-        rule = as_rule("clip_by_subtree_norm", "max_norm", max_norm)
+        rule = as_rule(call, "max_norm", max_norm)
+    norm = functools.partial(subtree_norm, depth=depth, group=group)
     return clip_by(norm, rule, axis_name=axis_name)

@@ -595,7 +595,6 @@ HEADS = [
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.sample(3)
 def test_a_first_line_of_other_types(capsys, monkeypatch, tmp_path, head):
     monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
     monkeypatch.setattr(page_module.stills, "image", lambda _: "")

@@ -235,7 +235,6 @@ def test_whether_a_threshold_moves(thresholds, expected, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["healthy", "never clipped"])
-@pytest.mark.sample(1)
 def test_by_the_logs_of_real_clips(name, tmp_path):
     data = runs.RUNS[name](tmp_path / "run.jsonl")
     assert stats.moves(data) == (name == "healthy")

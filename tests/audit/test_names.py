@@ -127,7 +127,6 @@ def evil_path(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.sample(2)
 def test_a_hostile_file_name(capsys, evil_path, command):
     write(evil_path, EVIL, "b", "c")
     out = printed(capsys, *arguments(command, evil_path))

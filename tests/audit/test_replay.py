@@ -349,7 +349,6 @@ def test_the_percentile_says_what_it_would_have_done():
         ("a million steps of sgd", False, True),
     ],
 )
-@pytest.mark.sample(3)
 def test_advice_for_the_optimizer_of_the_log(optimizer, adam, sgd):
     reason = suggest(lognormal(2000), optimizer).fixed.reason
     assert ("such as Adam" in reason) == adam

@@ -85,7 +85,6 @@ def test_bfloat16_costs_less_than_optax(name):
 
 @pytest.mark.parametrize("norm", [optaxclip.global_norm, optaxclip.leaf_norm])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.sample(1)
 def test_a_norm_is_one_read_and_no_copy(norm, dtype):
     params = gpt_like(dtype)
     grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))

@@ -102,7 +102,7 @@ def assert_clipped(updates, state, tree):
 
 
 @every_transform
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_leaves_that_are_no_gradients_are_not_counted(make):
     """Eagerly, as every step must work, too."""
     tree = TREES["of all kinds"][1]()
@@ -128,7 +128,7 @@ def by_path(norms, tree):
 
 
 @every_transform
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_jit_scan_and_vmap_agree_with_eager(make):
     tx = make(0.5)
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
@@ -176,7 +176,7 @@ def test_traces_once(make):
 
 
 @every_transform
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_the_gradient_through_a_clip_is_finite(make):
     tx = make(0.1)
     params = {"w": jnp.ones((3, 2))}
@@ -219,7 +219,7 @@ def test_a_bad_step_is_counted_and_leaves_the_rule_as_it_was(make):
 
 
 @every_transform
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_a_clip_within_optax_wrappers(make):
     """Masked, partitioned, accumulated, named: the state survives, the clip clips."""
     params = {"a": jnp.ones((3, 2)), "b": jnp.ones((2,))}

@@ -318,7 +318,6 @@ def guarded_in_linen(guarded, batches):
 
 
 @pytest.mark.parametrize("loop", [guarded_in_nnx, guarded_in_linen])
-@pytest.mark.sample(1)
 def test_a_guarded_step_in_flax_is_a_skip(loop):
     inner = optax.chain(optaxclip.clip_by_percentile(window=4), optimizer())
     params, opt_state = loop(optaxclip.guarded_step(inner), spoilt(BATCHES))
@@ -454,7 +453,6 @@ every_loop = pytest.mark.parametrize(
 
 
 @every_loop
-@pytest.mark.sample(2)
 def test_a_threshold_is_assigned_while_training(loop):
     def assign(i, opt_state):
         hyperparams = opt_state[0].hyperparams
@@ -472,7 +470,6 @@ def test_a_threshold_is_assigned_while_training(loop):
 
 @every_loop
 @pytest.mark.parametrize("by", ["argument", "inject_hyperparams"])
-@pytest.mark.sample(3)
 def test_a_threshold_follows_a_schedule(loop, by):
     def schedule(step):
         return jnp.asarray(WANTED)[step]
@@ -498,7 +495,6 @@ def test_a_threshold_follows_a_schedule(loop, by):
     ],
     ids=["clip_by_percentile", "zclip", "adaptive_grad_clip"],
 )
-@pytest.mark.sample(1)
 def test_an_adaptive_clip_is_tightened_while_training(make, static, argument, values):
     first, second = map(jnp.float32, values)
     given = {optaxclip.zclip: {"warmup": 2}, optaxclip.clip_by_percentile: {"ramp": 0}}

@@ -348,7 +348,6 @@ def test_micro_batches(name):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["skip", "loss scale"])
-@pytest.mark.sample(1)
 def test_a_bad_micro_batch_is_left_out_and_its_step_waits_for_another(scaled):
     clip = "clip_by_global_norm"
     tx = accumulated(TRANSFORMS[clip](), 4)

@@ -69,7 +69,7 @@ def cases(names):
 
 
 @pytest.mark.parametrize(("name", "shape", "specs"), cases(OF_LEAVES))
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_types_say_what_is_a_share(name, shape, specs):
     assert_same_run(run_mapped(EVERY[name](THRESHOLD), shape, specs), name)
 
@@ -111,7 +111,7 @@ def joined(tree, specs):
 
 @pytest.mark.parametrize("over", [jax.pmap, jax.vmap])
 @pytest.mark.parametrize("name", MEASURING)
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_pmap_and_vmap_with_shares(name, over):
     tx = EVERY[name](THRESHOLD, axis_name=names(ONE_AXIS))
     params, params_axes = split(parameters(), ONE_AXIS)
@@ -323,7 +323,6 @@ def told_skip(outer, inner):
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("x", "untold"), ("x", "x")])
-@pytest.mark.sample(1)
 def test_a_clip_trusts_the_skip_around_it(outer, inner):
     tx, grads = told_skip(outer, inner), jnp.arange(1.0, 9.0)
     state = tx.init(grads[:1])

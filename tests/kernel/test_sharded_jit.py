@@ -48,7 +48,7 @@ EVERYWHERE = {  # one placement for all leaves of rank 2
 
 
 @pytest.mark.parametrize(("kind", "name", "shape", "specs"), CASES)
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_equals_one_device(kind, name, shape, specs):
     on, tx = mesh(kind, *shape), EVERY[name](0.5)
     with jax.set_mesh(on):
@@ -127,7 +127,7 @@ def test_units_that_lie_whole_on_a_device_are_asked_once_whether_they_vanished()
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_state_and_parameters_keep_their_shardings(name):
     """From `jit(tx.init)` on, so that the second step compiles nothing."""
     on, tx, traces = mesh(KINDS["explicit"], 8), EVERY[name](0.5), 0

@@ -104,7 +104,6 @@ def after(tx, *steps, params=PARAMS):
 
 
 @every_bad
-@pytest.mark.sample(2)
 def test_a_bad_step_gives_zeros_and_leaves_the_inner_state_bit_for_bit(bad):
     tx = optaxclip.skip_by(clipped_adam(), threshold=1e3)
     before, updates = after(tx, gradients(0), gradients(1))
@@ -118,7 +117,6 @@ def test_a_bad_step_gives_zeros_and_leaves_the_inner_state_bit_for_bit(bad):
 
 
 @every_bad
-@pytest.mark.sample(2)
 def test_the_step_after_a_bad_one_is_as_if_it_had_not_been(bad):
     tx = optaxclip.skip_by(clipped_adam(), threshold=1e3)
     state, updates = after(tx, gradients(0), spoilt(bad), spoilt(bad), gradients(1))
@@ -374,7 +372,6 @@ def test_every_kind_of_tree(tree):
 
 
 @pytest.mark.parametrize("bad", [np.nan, 1e4])
-@pytest.mark.sample(1)
 def test_bfloat16_gradients_with_float32_moments(bad):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), gradients())

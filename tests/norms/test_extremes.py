@@ -87,7 +87,6 @@ def test_norm_and_clip_over_the_whole_range(dtype, data):
 @every_dtype
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=60)
-@pytest.mark.sample(2)
 def test_far_above_a_threshold_of_one(dtype, data):
     """What a spike looks like: any magnitude against an ordinary threshold."""
     largest = min(int(jnp.finfo(dtype).maxexp), 122)
@@ -131,7 +130,6 @@ def test_leaves_of_very_different_magnitude(data):
     ],
 )
 @pytest.mark.parametrize("large", [False, True], ids=["in a row", "in a loop"])
-@pytest.mark.sample(5)
 def test_float32_at_its_edges(value, size, large):
     padding = jnp.zeros(2**20 + 1 if large else 1, jnp.float32)  # makes it the loop
     tree = {"w": jnp.full((size,), value, jnp.float32), "padding": padding}
@@ -152,7 +150,6 @@ EDGES = {
 
 
 @pytest.mark.parametrize(("dtype", "value", "size"), EDGES.values(), ids=EDGES)
-@pytest.mark.sample(2)
 def test_half_precision_at_its_edges(dtype, value, size):
     tree = [jnp.full((size,), value, dtype)]
     norm = value * np.sqrt(size)
@@ -172,7 +169,6 @@ BEYOND = {
 
 
 @pytest.mark.parametrize(("value", "size", "max_norm"), BEYOND.values(), ids=BEYOND)
-@pytest.mark.sample(1)
 def test_beyond_float32_is_counted_and_can_be_skipped(value, size, max_norm):
     grads = jnp.full((size,), value, jnp.float32)
     updates, state = CLIP(grads, jnp.float32(max_norm))

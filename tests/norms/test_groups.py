@@ -49,7 +49,6 @@ def members(name, by):
 
 @pytest.mark.parametrize("ord", [1, 2, np.inf])
 @pytest.mark.parametrize("by", GROUPS)
-@pytest.mark.sample(4)
 def test_a_norm_is_that_of_its_leaves_together(by, ord):
     given = {"group": last} if by == "last" else {"depth": by}
     norms = optaxclip.subtree_norm(TREE, ord=ord, **given)
@@ -118,7 +117,6 @@ def of_equinox():
 
 
 @pytest.mark.parametrize("make", [of_nnx, of_equinox])
-@pytest.mark.sample(1)
 def test_layers_of_models(make):
     tx = optaxclip.clip_by_subtree_norm(0.1, depth=2)
     params = make()
@@ -184,9 +182,12 @@ def test_a_rule_by_name_of_parameter_norms():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: {"decoder": 1.0}, r"by_name\(thresholds=.*\['decoder'\].*'encoder'"),
-        (lambda: {"encoder": -1.0}, r"thresholds=.*-1.0"),
-        (lambda: {1: 1.0}, r"by_name\(thresholds=.*dict from names"),
+        (
+            lambda: {"decoder": 1.0},
+            r"subtree_norm\(max_norm=.*\['decoder'\].*'encoder'",
+        ),
+        (lambda: {"encoder": -1.0}, r"clip_by_subtree_norm\(max_norm=.*-1.0"),
+        (lambda: {1: 1.0}, r"clip_by_subtree_norm\(max_norm=.*dict from names"),
         (lambda: optaxclip.by_name([1.0]), r"by_name\(thresholds=.*dict from names"),
     ],
 )

@@ -33,7 +33,6 @@ def reference(arrays, ord, axis=None):
 
 @pytest.mark.parametrize("ord", ORDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
-@pytest.mark.sample(6)
 def test_norms_equal_numpy(dtype, ord):
     tree = model(dtype)
     leaves = jax.tree.leaves(tree)
@@ -206,7 +205,6 @@ def test_beside_larger_leaves_a_tiny_one_may_count_as_zero():
         (unit_axes.stacked(unit_axes.by_rank), (4, 2, 3, 5, 7), (4, 1, 1, 1, 7)),
     ],
 )
-@pytest.mark.sample(6)
 def test_unit_axes(axis, shape, expected):
     assert optaxclip.unit_norm(jnp.ones(shape), axis=axis).shape == expected
 

@@ -109,7 +109,6 @@ def test_from_a_clip_of_optax_the_optimizer_goes_on(make):
 
 
 @pytest.mark.parametrize("clip", OPTAX_CLIPS.values(), ids=OPTAX_CLIPS)
-@pytest.mark.sample(1)
 def test_from_every_clip_of_optax_and_from_none(clip):
     new = optaxclip.skip_spikes(optax.chain(percentile(), optimizer()))
     _, old_state = after(optax.chain(clip, optimizer()))
@@ -365,7 +364,6 @@ def moments(state):
 
 
 @pytest.mark.parametrize("restore", [by_orbax, by_flax])
-@pytest.mark.sample(1)
 def test_more_than_ten_layers_stay_in_their_order(restore, tmp_path):
     params = {"list": [jnp.array([i, 1.0]) for i in range(12)]}
     params["numbers"] = {i: jnp.array([i, 2.0]) for i in range(12)}
@@ -500,7 +498,7 @@ def test_of_very_many_leaves_ten_are_named():
 
 
 @every_transform
-@pytest.mark.sample(1)
+@pytest.mark.sample(2)
 def test_states_of_version_0_1_0_go_on(make, request):
     """Nested trees of norms, infinity for no bound, NaN for no loss: all taken over."""
     path = pathlib.Path(states_of_0_1_0.__file__).with_suffix(".msgpack")

@@ -93,7 +93,7 @@ def without_bias(tree):
 
 
 @every_transform
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_a_gradient_that_is_none_is_not_measured_and_its_memory_stays(make):
     tx = optaxclip.record_history(make(LOW), 4, leaf_norms=True)
     _, seen = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
@@ -170,7 +170,6 @@ def test_a_skip_around_a_clip_takes_gradients_that_are_none(make):
 
 
 @every_transform
-@pytest.mark.sample(1)
 def test_a_leaf_that_init_did_not_see_is_named(make):
     tx = make(LOW)
     if "dense/bias" not in str(tx.init(PARAMS).clip_metrics):
@@ -441,7 +440,6 @@ def test_a_restored_state_of_the_same_size_goes_on(name, restored):
 
 
 @wrapped
-@pytest.mark.sample(2)
 def test_states_of_numpy_arrays_work_eagerly(make):
     tx = make()
     state = train(tx.update, tx.init(PARAMS), 1)

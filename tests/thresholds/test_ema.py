@@ -27,7 +27,6 @@ def running_mean(norms, ratio, decay, warmup, start, capped):
 )
 @pytest.mark.parametrize("record", [at_bound, unchanged])
 @pytest.mark.parametrize("arguments", [(1.05, 0.98, 100), (3.0, 0.5, 1)])
-@pytest.mark.sample(11)
 def test_it_is_its_equation(arguments, record, start, start_of, dtype, rtol):
     norms = lognormal(0.5, 5000).astype(dtype)
     norms[::97] *= 100
@@ -61,7 +60,6 @@ def test_one_norm_raises_the_threshold_by_no_more_than_its_factor(size, ratio):
         ({"ratio": 2.0, "start": average}, 100, 210),
     ],
 )
-@pytest.mark.sample(3)
 def test_it_recovers_from_a_lasting_rise(arguments, factor, within):
     norms = lognormal(0.1, 1000 + within + 200, (50,))
     norms[1000:] *= factor

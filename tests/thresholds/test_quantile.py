@@ -47,7 +47,6 @@ def test_equals_numpy_at_every_step(q, window, include_current):
 
 
 @pytest.mark.parametrize("q", [0.95, 0.95005, 0.123456])
-@pytest.mark.sample(2)
 def test_rank_is_exact_in_a_large_window(q):
     """A float32 rank near 9500 is off by up to 0.0005: of a gap of 1e30, too much."""
     window = 10_000
@@ -98,7 +97,6 @@ def test_a_zero_is_not_in_the_window_that_includes_the_current_norm():
 
 
 @pytest.mark.parametrize(("q", "window"), [(0.95, 100), (0.95, 101), (0.9, 11)])
-@pytest.mark.sample(1)
 def test_burst_that_fits_does_not_move_it(q, window):
     """floor((1 - q)(N - 1)) spikes leave it among ordinary norms, one more does not."""
     tolerated = math.floor((1 - Fraction(str(q))) * (window - 1))
@@ -110,7 +108,6 @@ def test_burst_that_fits_does_not_move_it(q, window):
 
 
 @pytest.mark.parametrize(("q", "window"), [(0.95, 101), (0.5, 11), (0.9, 21)])
-@pytest.mark.sample(1)
 def test_share_beyond_it_is_the_nominal_one(q, window):
     """Of i.i.d. norms, 1 - ((N - 1) q + 1) / (N + 1), within four standard errors.
 
@@ -127,7 +124,6 @@ def test_share_beyond_it_is_the_nominal_one(q, window):
 
 
 @pytest.mark.parametrize("factor", [1.5, 2, 4, 10, 100])
-@pytest.mark.sample(3)
 def test_recovers_from_a_lasting_change(factor):
     """Within (1 - q) N + 10 steps after a rise, and q N + 10 after a fall."""
     q, window = 0.95, 200
@@ -189,7 +185,6 @@ def test_compiled_update_is_elementwise():
 
 
 @pytest.mark.parametrize("include_current", [False, True])
-@pytest.mark.sample(1)
 def test_a_ramp_multiplies_by_the_share_of_the_norms_that_it_waits_for(include_current):
     norms = np.random.default_rng(0).lognormal(size=60)
     kwargs: dict = {"include_current": include_current}

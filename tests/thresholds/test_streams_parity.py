@@ -153,7 +153,6 @@ COMPOSED_ADAGC = optax.named_chain(
 @pytest.mark.parametrize(
     "tx", [optaxclip.adagc(), COMPOSED_ADAGC], ids=["adagc", "composed"]
 )
-@pytest.mark.sample(1)
 def test_adagc_is_the_papers_recursion(tx):
     """Global clip in the warm-up and least norm of each tensor; then its own mean."""
     gradients = tensors(500)

@@ -42,7 +42,7 @@ def clipped_once(tx):
 
 @every_clip
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
-@pytest.mark.sample(1)
+@pytest.mark.sample(3)
 def test_every_type_of_number_means_the_same(make, number):
     expected, _ = clipped_once(make(1.0))
     for threshold in (number(), lambda step: number()):
@@ -54,7 +54,6 @@ def test_every_type_of_number_means_the_same(make, number):
 
 
 @every_clip
-@pytest.mark.sample(1)
 def test_a_traced_number(make):
     @jax.jit
     def clip(threshold):
@@ -95,7 +94,6 @@ def test_inject_hyperparams_on_bfloat16(make, scheduled):
 
 
 @every_clip
-@pytest.mark.sample(3)
 def test_a_schedule_sees_the_number_of_earlier_updates(make):
     tx = make(lambda step: jnp.asarray([0.5, 0.25, 0.125])[step])
     state, thresholds = tx.init(PARAMS), []
@@ -160,7 +158,6 @@ def test_lowest_takes_the_smallest_norm_by_norm():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.sample(1)
 def test_the_norm_after_clipping_is_the_threshold_to_one_rounding(dtype):
     rng = np.random.default_rng(0)
     tx = optaxclip.clip_by_global_norm(1.0)

@@ -46,7 +46,6 @@ STREAMS = {  # (step, threshold) -> norm
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize(("q", "rate"), [(0.95, 0.05), (0.95, 0.001), (0.3, 0.01)])
-@pytest.mark.sample(6)
 def test_coverage_identity(q, rate, stream):
     """Share that passes = q - (theta_n - theta_0) / (rate n), norms chosen to harm."""
     first = 2.0
@@ -67,7 +66,6 @@ def test_coverage_identity(q, rate, stream):
 
 
 @pytest.mark.parametrize(("q", "rate"), [(0.5, 0.05), (0.9, 0.05), (0.95, 0.02)])
-@pytest.mark.sample(2)
 def test_stationary_spread(q, rate):
     """sqrt(rate q (1 - q) / (2 f)) within 15%, f the density of the log-norm."""
     sigma, streams = 0.5, 256

@@ -91,7 +91,6 @@ def test_options_reproduce_the_published_recursion(mode, sigma, dtype, rtol):
 
 @pytest.mark.parametrize("sigma", [0.001, 0.1, 0.5])
 @pytest.mark.parametrize("warmup", [1, 24, 25])
-@pytest.mark.sample(6)
 def test_the_default_is_its_equation(warmup, sigma):
     norms = with_spikes(sigma)
     thresholds, state = scan(zscore(warmup=warmup), norms)
@@ -182,7 +181,6 @@ def test_the_share_of_clipped_steps():
 
 
 @pytest.mark.parametrize("spikes", [1, 5])
-@pytest.mark.sample(1)
 def test_spikes_in_the_warmup_are_ignored(spikes):
     norms = lognormal(0.3, 60, STREAMS)
     clean = np.asarray(scan(zscore(), norms)[0])[25:]
@@ -227,7 +225,6 @@ def test_what_is_recorded_raw_opens_the_clip():
 
 
 @pytest.mark.parametrize("rule", [zscore(), PUBLISHED], ids=["default", "published"])
-@pytest.mark.sample(1)
 def test_a_larger_spike_has_no_larger_threshold(rule):
     norms = np.ones(60, np.float32)
     slope = jax.grad(lambda spike: scan(rule, jnp.append(norms, spike))[0][-1])

@@ -476,7 +476,6 @@ def once_of(tx, grads):
         ("dynamic_loss_scale", {"growth_factor": 4.0}),
     ],
 )
-@pytest.mark.sample(2)
 def test_inject_hyperparams_around_an_optimizer_needs_inner_to_be_static(
     call, hyperparameters
 ):

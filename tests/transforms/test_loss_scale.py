@@ -159,7 +159,6 @@ SIZES = [1.0] * 5 + [1e4] + [1.0] * 12 + [1e3] + [1.0] * 11
 
 
 @pytest.mark.parametrize("init_scale", [2.0**24, 2.0**10])
-@pytest.mark.sample(1)
 def test_the_steps_of_flax(init_scale):
     """Same skips, scales and parameters as the dynamic scale of Flax.
 
@@ -547,7 +546,6 @@ def test_pmap_without_a_word_on_what_is_whole_warns_once():
     jax.default_backend() != "cpu", reason="the budgets are for programs of the CPU"
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
-@pytest.mark.sample(1)
 def test_it_costs_what_a_skip_costs_and_makes_no_wide_copy_of_the_gradients(dtype):
     def cost(wrap):
         clip = optaxclip.clip_by_global_norm(1.0)
@@ -672,7 +670,6 @@ def not_scaled(tx, wrap=lambda f: f):
     [lambda tx: tx, lambda tx: optax.chain(optax.identity(), tx)],
     ids=["bare", "chain"],
 )
-@pytest.mark.sample(2)
 def test_a_loss_that_nobody_scaled_is_told_once(wrap, around, loss_scale_is_known):
     loss_scale_is_known._is_known = False
     tx = around(optaxclip.dynamic_loss_scale(optax.sgd(1.0)))
