@@ -83,8 +83,7 @@ def _closed_form(leaves: Arrays, by: By, shares: Shares) -> Arrays:
         counts = [_count(*row) for row in zip(leaves, by, shares, strict=True)]
         dtypes = [accumulator(x.dtype) for x in leaves]
         sums = functools.partial(_separate_sums, axes=by, shares=shares)
-    joint = isinstance(by, Groups) and len(counts) == 1
-    norms = _roots(leaves, sums, counts, zero_fits=not joint)
+    norms = _roots(leaves, sums, counts)
     return [norm.astype(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
 
 
@@ -117,13 +116,11 @@ def _closed_form_jvp(
     return norms, [functools.reduce(operator.add, x) for x in by.members(slopes)]
 
 
-def _roots(
-    leaves: Arrays, sums: Sums, counts: Sequence[int], zero_fits: bool
-) -> Arrays:
+def _roots(leaves: Arrays, sums: Sums, counts: Sequence[int]) -> Arrays:
     """The roots of ``sums(leaves, units)``, each in a unit in which it is sound.
 
-    ``counts`` has the number of squares in each sum, over all devices. ``zero_fits``
-    says that a sum of 0 needs no second look as long as another sum is positive.
+    ``counts`` has the number of squares in each sum, over all devices. A sum of 0 needs
+    no second look as long as another sum is positive.
     """
     totals = sums(leaves, None)
     roots = [jnp.sqrt(total) for total in totals]
@@ -135,7 +132,7 @@ def _roots(
     # sum below this.
     seen = [max(count, 1) * float(info.tiny) / float(info.eps) for count in counts]
     off, zero, some = _any_of(totals, seen)
-    zero &= ~some | (not zero_fits)
+    zero &= ~some
 
     def again(totals: Arrays) -> Arrays:
         units = []
