@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from optaxclip._norms import RARE
+RARE = "xx"
 
 # One line of a program: name, type, operation, operands and attributes.
 _LINE = re.compile(

@@ -1,6 +1,5 @@
 """Norms: from a tree of gradients to a tree of norms."""
 
-from optaxclip._norms.euclidean import RARE as RARE
 from optaxclip._norms.gradients import accumulator as accumulator
 from optaxclip._norms.gradients import is_gradient as is_gradient
 from optaxclip._norms.gradients import path_name as path_name
