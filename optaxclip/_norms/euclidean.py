@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from optaxclip._norms.gradients import accumulator, widen
 from optaxclip._norms.shares import MeshAxes, reduce_sum, reduce_totals
-from optaxclip._norms.squares import Axes, Sums, root, sums_of_squares
+from optaxclip._norms.squares import Axes, Sums, root, sums_of_squares, with_room
 
 Shares = tuple[MeshAxes, ...]  # for each leaf
 Arrays = list[jax.Array]
@@ -63,14 +62,16 @@ def _norms(leaves: Arrays, by: By, shares: Shares) -> Arrays:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _closed_form(leaves: Arrays, by: By, shares: Shares) -> Arrays:
-    if isinstance(by, Groups):
-        groups = by.members([leaf.dtype for leaf in leaves])
-        dtypes = [accumulator(*group) for group in groups]
-        sums = _group_sums(leaves, by, shares)
-    else:
-        dtypes = [accumulator(x.dtype) for x in leaves]
-        sums = _separate_sums(leaves, by, shares)
-    return [root(x).astype(dtype) for x, dtype in zip(sums, dtypes, strict=True)]
+    def take(leaves: Arrays, dtype: Any) -> Arrays:
+        if isinstance(by, Groups):
+            sums = _group_sums(leaves, by, shares, dtype)
+            dtypes = [accumulator(*x) for x in by.members([x.dtype for x in leaves])]
+        else:
+            sums = _separate_sums(leaves, by, shares, dtype)
+            dtypes = [accumulator(x.dtype) for x in leaves]
+        return [root(x).astype(dtype) for x, dtype in zip(sums, dtypes, strict=True)]
+
+    return with_room(take, leaves)
 
 
 @_closed_form.defjvp
@@ -102,14 +103,16 @@ def _closed_form_jvp(
     return norms, [functools.reduce(operator.add, x) for x in by.members(slopes)]
 
 
-def _group_sums(leaves: Arrays, groups: Groups, shares: Shares) -> list[Sums]:
-    sums = list(zip(*sums_of_squares(leaves, [None] * len(leaves)), strict=True))
-    members = [group for unit in sums for group in groups.members(unit)]
-    totals = reduce_totals(members, groups.members(shares) * len(sums), _total)
-    size = len(totals) // len(sums)
-    return list(
-        zip(*(totals[i : i + size] for i in range(0, len(totals), size)), strict=True)
-    )
+def _group_sums(
+    leaves: Arrays, groups: Groups, shares: Shares, dtype: Any
+) -> list[Sums]:
+    sums = sums_of_squares(leaves, [None] * len(leaves), dtype)
+    units = list(zip(*sums, strict=True))
+    # One reduction over devices for all groups in all units.
+    members = [group for unit in units for group in groups.members(unit)]
+    totals = reduce_totals(members, groups.members(shares) * len(units), _total)
+    count = len(totals) // len(units)
+    return [tuple(totals[group::count]) for group in range(count)]
 
 
 def _total(sums: Arrays) -> jax.Array:
@@ -121,9 +124,8 @@ def _total(sums: Arrays) -> jax.Array:
     return sums[0]
 
 
-def _separate_sums(leaves: Arrays, axes: Sequence[Axes], shares: Shares) -> list[Sums]:
-    sums = sums_of_squares(leaves, axes)
-    return [
-        tuple(reduce_sum(x, of) for x in row)
-        for row, of in zip(sums, shares, strict=True)
-    ]
+def _separate_sums(
+    leaves: Arrays, axes: Sequence[Axes], shares: Shares, dtype: Any
+) -> list[Sums]:
+    rows = zip(sums_of_squares(leaves, axes, dtype), shares, strict=True)
+    return [tuple(reduce_sum(x, share) for x in sums) for sums, share in rows]

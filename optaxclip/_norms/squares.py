@@ -1,18 +1,17 @@
 """Sums of squares that hold every norm from the smallest to the largest number.
 
-Squares of float32 overflow above 1.8e19 and vanish below 1e-19. So a sum of squares is
-three numbers: the sum of the squares as they are, of the squares of the numbers times
-2^80, and of the squares times 2^-80. At least one of them is sound. XLA for GPU and TPU
-takes the three in one read of the gradients, whose time is that of memory. XLA for CPU
-would read three times. There, one sum in float64, which no square of a float32 leaves,
-is turned into the same three numbers.
+Squares of float32 overflow above 1.8e19 and vanish below 1e-19. XLA for CPU sums them
+in float64, whose range has room for them. GPUs are slow in float64 and TPUs do not have
+it, but both take several sums in one read, whose time is that of memory. There, a sum
+of squares is three numbers: of the squares as they are, of the squares of the numbers
+times 2^80, and of the squares times 2^-80. One of them is sound.
 
-There is no branch: nothing has to wait for a norm, and nothing ties a leaf to another.
+There is no branch: nothing waits for a norm, and nothing ties one leaf to another.
 """
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,20 +21,39 @@ from jax import lax
 from optaxclip._norms.gradients import accumulator, widen
 
 Axes = tuple[int, ...] | None
-Sums = tuple[jax.Array, ...]  # the sum in each unit, or, if no square overflows, one
+Sums = tuple[jax.Array, ...]  # the same sum in one unit or three
 
 
-def sums_of_squares(leaves: Sequence[jax.Array], axes: Sequence[Axes]) -> list[Sums]:
-    """For each leaf the sums of its squares over its axes (None: over all of it)."""
+def with_room(take: Callable[..., Any], leaves: Sequence[jax.Array]) -> Any:
+    """``take(leaves, dtype)``, in a dtype in which this platform can sum squares.
+
+    Whatever comes back must be in the dtypes of :func:`accumulator`.
+    """
     dtype = accumulator(*(leaf.dtype for leaf in leaves))
+    if dtype == jnp.float64 or all(_fits(leaf.dtype, dtype) for leaf in leaves):
+        return take(leaves, dtype)
+
+    def in_float64(leaves: Sequence[jax.Array]) -> Any:
+        with jax.enable_x64(True):
+            return take(leaves, jnp.float64)
+
+    in_float32 = functools.partial(take, dtype=dtype)
+    return lax.platform_dependent(leaves, cpu=in_float64, default=in_float32)
+
+
+def sums_of_squares(
+    leaves: Sequence[jax.Array], axes: Sequence[Axes], dtype: Any
+) -> list[Sums]:
+    """For each leaf the sums of its squares over its axes (None: over all of it)."""
     units = (1.0,) if all(_fits(x.dtype, dtype) for x in leaves) else _units(dtype)
-    # The barrier keeps XLA from writing a widened copy that several fusions could share.
-    leaves = [lax.optimization_barrier(leaf) for leaf in leaves]
-    one_read = functools.partial(_in_each_unit, axes=axes, units=units, dtype=dtype)
-    if len(units) == 1 or dtype == jnp.float64:
-        return one_read(leaves)
-    in_float64 = functools.partial(_in_float64, axes=axes, units=units)
-    return lax.platform_dependent(leaves, cpu=in_float64, default=one_read)
+    sums: list[Sums] = []
+    for leaf, axis in zip(leaves, axes, strict=True):
+        # The barrier keeps XLA from writing a widened copy that fusions could share.
+        wide = widen(lax.optimization_barrier(leaf), dtype)
+        parts = [wide.real, wide.imag] if jnp.iscomplexobj(wide) else [wide]
+        in_units = [[part * unit for part in parts] for unit in units]
+        sums.append(tuple(_sum(parts, axis) for parts in in_units))
+    return sums
 
 
 def root(sums: Sums) -> jax.Array:
@@ -49,38 +67,6 @@ def root(sums: Sums) -> jax.Array:
     low, high = plain < small**0.5, jnp.isinf(plain)
     total = jnp.where(high, reduced, jnp.where(low, enlarged, plain))
     return jnp.sqrt(total) * jnp.where(high, large, jnp.where(low, small, 1))
-
-
-def _in_each_unit(
-    leaves: Sequence[jax.Array],
-    axes: Sequence[Axes],
-    units: Sequence[float],
-    dtype: Any,
-) -> list[Sums]:
-    wide = [_parts(widen(leaf, dtype)) for leaf in leaves]
-    rows = list(zip(wide, axes, strict=True))
-    return [
-        tuple(_sum([part * unit for part in parts], axis) for unit in units)
-        for parts, axis in rows
-    ]
-
-
-def _in_float64(
-    leaves: Sequence[jax.Array], axes: Sequence[Axes], units: Sequence[float]
-) -> list[Sums]:
-    with jax.enable_x64(True):
-        sums = [
-            _sum([part.astype(jnp.float64) for part in _parts(leaf)], axis)
-            for leaf, axis in zip(leaves, axes, strict=True)
-        ]
-        return [
-            tuple((total * unit**2).astype(jnp.float32) for unit in units)
-            for total in sums
-        ]
-
-
-def _parts(leaf: jax.Array) -> list[jax.Array]:
-    return [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf]
 
 
 def _sum(parts: Sequence[jax.Array], axis: Axes) -> jax.Array:
