@@ -35,7 +35,8 @@ def with_room(take: Callable[..., Any], leaves: Sequence[jax.Array]) -> Any:
 
     def in_float64(leaves: Sequence[jax.Array]) -> Any:
         with jax.enable_x64(True):
-            return take(leaves, jnp.float64)
+            # The barriers make one kernel of a root and its rounding, not one a use.
+            return jax.tree.map(lax.optimization_barrier, take(leaves, jnp.float64))
 
     in_float32 = functools.partial(take, dtype=dtype)
     return lax.platform_dependent(leaves, cpu=in_float64, default=in_float32)
