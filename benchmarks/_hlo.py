@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-RARE = "xx"
 
 # One line of a program: name, type, operation, operands and attributes.
 _LINE = re.compile(
@@ -66,9 +65,7 @@ def figures(compiled: Any) -> dict[str, Any]:
 class Program:
     """A compiled program, read as it runs in an ordinary step.
 
-    Of a conditional that is the branch that moves most, and for the sums that are taken
-    again only where squares overflow or vanish, the one that moves least. The body of a
-    loop counts once.
+    Of a conditional, the branch that moves most counts. The body of a loop counts once.
     """
 
     def __init__(self, text: str) -> None:
@@ -119,8 +116,7 @@ class Program:
         if line.op == "call":
             return [line.calls("to_apply")]
         if line.op == "conditional":
-            taken = min if RARE in line.rest else max
-            return [taken(line.branches, key=self.bytes_moved)]
+            return [max(line.branches, key=self.bytes_moved)]
         return []
 
 

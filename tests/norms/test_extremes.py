@@ -2,6 +2,7 @@
 
 The reference is NumPy in float64. Where float32 cannot hold the answer (a norm beyond
 its largest number, a scale below its smallest), the step is counted as not finite.
+Every test runs twice: with the sums that a CPU takes, and with those of GPU and TPU.
 """
 
 import hypothesis
@@ -23,6 +24,18 @@ CLIP = jax.jit(
 LEAVES = jax.jit(
     lambda grads, max_norm: _update(optaxclip.clip_by_leaf_norm(max_norm), grads)
 )
+
+
+@pytest.fixture(autouse=True, scope="module", params=["cpu", "default"])
+def platform(request):
+    """Takes the sums of this platform, whatever the platform is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            jax.lax, "platform_dependent", lambda x, **takes: takes[request.param](x)
+        )
+        jax.clear_caches()
+        yield request.param
+    jax.clear_caches()
 
 
 def _update(tx, grads):
@@ -115,6 +128,12 @@ def test_leaves_of_very_different_magnitude(data):
         expected = float(np.float32(size)) * min(1, 1 / norm)
         np.testing.assert_allclose(updates[str(i)], expected, rtol=1e-6)
     assert state.nonfinite_count == 0
+
+
+def test_a_sum_is_one_number_on_a_cpu_and_three_elsewhere(platform):
+    lowered = jax.jit(optaxclip.global_norm).lower(jnp.ones(3)).as_text()
+    assert lowered.count("stablehlo.reduce(") == {"cpu": 1, "default": 3}[platform]
+    assert ("f64" in lowered) == (platform == "cpu")
 
 
 @pytest.mark.parametrize(
