@@ -15,8 +15,7 @@ the device to decide. Needs an environment of its own, 1.3 GB large:
     XLA_FLAGS=--xla_gpu_enable_command_buffer=+COLLECTIVES \\
         .venv-gpu/bin/python benchmarks/gpu_compile.py --devices 4
 
-By default XLA leaves collectives out of CUDA graphs, and with them the branch in which
-a norm on several devices is taken again at the extremes; the flag takes both in.
+By default XLA leaves collectives out of CUDA graphs; the flag takes them in.
 With no GPU at hand nothing is tuned by timing. These steps are sums and elementwise
 arithmetic, for which the compiler would not time anything.
 """
