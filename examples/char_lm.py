@@ -172,7 +172,7 @@ def train(
 
     held_out = batches(validation_text, config.batch, config.context, seed=0)
     held_out = jax.device_put([next(held_out) for _ in range(8)], by_sequence)
-    path.unlink(missing_ok=True)  # a log that exists would be gone on with
+    path.unlink(missing_ok=True)  # a log that exists would be continued
     hyperparameters = dataclasses.asdict(config) | {"seed": seed}
     log = ClipLog(path, transform=name, hyperparameters=hyperparameters)
     stream = batches(text, config.batch, config.context, seed)
@@ -241,7 +241,7 @@ def picture(runs: dict[str, Run], config: Config, path: Path) -> None:
     title = f"Validation loss, {config.broken_share:.1%} of the batches are broken"
     if config.nan_share:
         title += "; after a batch of NaN a run is over, unless it skips"
-    top.set(title=title, xlabel="step", ylabel="nats a character")
+    top.set(title=title, xlabel="step", ylabel="nats per character")
     top.legend(title="clip: final loss")
     figure.savefig(path, dpi=120)
 
@@ -250,7 +250,8 @@ def draw_norms(axes: Axes, name: str, log: LogData, bad: Any, color: str) -> Non
     for step in np.concatenate(bad):
         axes.axvline(step, color="0.85", lw=4, zorder=0)
     axes.plot(log.step, log.norm, color=color, lw=1, label="before the clip")
-    axes.plot(log.step, log.threshold, color="black", lw=1.5, label="threshold")
+    if np.isfinite(log.threshold).any():  # without a clip there is none to draw
+        axes.plot(log.step, log.threshold, color="black", lw=1.5, label="threshold")
     title = f"{name}: norm of the gradient, gray: broken batches"
     axes.set(yscale="log", xlabel="step", title=title)
     axes.legend(fontsize="small")
