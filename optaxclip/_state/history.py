@@ -107,7 +107,7 @@ def record_history(
       ====================  ========================================================
 
     Raises:
-      ValueError: ``length`` is no integer of at least 1; or, at ``init``, ``inner``
+      ValueError: ``length`` is not an integer of at least 1; or, at ``init``, ``inner``
         holds no clip and no skip, or several clips and ``clip`` names none of them.
 
     Example:
