@@ -19,9 +19,9 @@ is the result:
 
 clip        validation loss     wrong answers  clipped  skipped  largest norm     after
 none              nan ± nan      97.2% ± 4.9%     0.0%      0.0      4.61e+32  4.61e+32
-global 1      0.041 ± 0.019       1.4% ± 0.3%    20.0%      0.0           239         1
-percentile    0.046 ± 0.020       1.9% ± 1.1%    72.0%      0.0      1.14e+03      1.01
-agc           0.040 ± 0.012       1.1% ± 0.2%    99.1%      0.0           215      1.28
+global 1      0.044 ± 0.022       1.3% ± 0.6%    19.3%      0.0           239         1
+percentile    0.062 ± 0.028       1.8% ± 0.7%    73.3%      0.0      1.11e+03     0.964
+agc           0.056 ± 0.032       1.3% ± 0.7%    99.6%      0.0           217      1.28
 
 The suffix of a name lists the axes of its array: D devices, B batch, N examples, H
 height, W width, C channels, K classes.
