@@ -3,6 +3,7 @@
     pip install "optaxclip[examples]"
     python lora.py                  # one base, three fine-tunings: minutes on a CPU
     python lora.py --seeds 3 --rank 4 --outlier 100
+    python lora.py --text notes.txt      # your own text
 
 A Transformer learns Python source with `train.py`, in the same folder. Then it is
 frozen, and adapters on its linear layers learn the Python language reference, in
@@ -60,6 +61,7 @@ class Config:
     outliers: float = 0.01  # share of the batches with an outlier
     outlier: float = 1000.0  # weight of an outlier sequence; the others count 1
     # The fine-tuning.
+    text: str = ""  # file to fine-tune on; the Python language reference if empty
     rank: int = 8  # rank of an adapter
     steps: int = 300  # steps of a fine-tuning
     rate: float = 3e-3  # its learning rate, constant
@@ -222,7 +224,7 @@ def fine_tune(
     sharding: NamedSharding,
 ) -> list[float]:
     """The validation losses, before the first step too; a log is left at the path."""
-    text, validation_text = other_text()
+    text, validation_text = load_text(config.text) if config.text else other_text()
     held_out = batches(validation_text, config.batch, config.context, seed=0)
     held_out = jax.device_put([next(held_out) for _ in range(8)], sharding)
     model, optimizer = new_model(config, base, clip, seed)
