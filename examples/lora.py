@@ -122,6 +122,10 @@ def other_text(megabytes: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
     return train[:room], validation[:room]
 
 
+def tuning_text(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    return load_text(config.text) if config.text else other_text()
+
+
 def broken(
     batches: Iterable[np.ndarray], steps: Collection[int], weight: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -224,7 +228,7 @@ def fine_tune(
     sharding: NamedSharding,
 ) -> list[float]:
     """The validation losses, before the first step too; a log is left at the path."""
-    text, validation_text = load_text(config.text) if config.text else other_text()
+    text, validation_text = tuning_text(config)
     held_out = batches(validation_text, config.batch, config.context, seed=0)
     held_out = jax.device_put([next(held_out) for _ in range(8)], sharding)
     model, optimizer = new_model(config, base, clip, seed)
