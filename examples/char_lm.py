@@ -56,18 +56,18 @@ class Config:
     max_leaf_norm: float = 0.5  # leaf: largest norm of a parameter's gradient
     # The training.
     steps: int = 600  # optimizer steps of a run
-    batch: int = 16  # sequences a batch, a multiple of the number of devices
+    batch: int = 16  # sequences per batch, a multiple of the number of devices
     peak_rate: float = 3e-3  # learning rate after the warm-up
     warmup: int = 50  # steps of linear warm-up, below --steps; then a cosine decay
     # The model and the text.
-    context: int = 64  # characters a sequence
+    context: int = 64  # characters per sequence
     depth: int = 2  # Transformer blocks
     heads: int = 4  # attention heads, a divisor of the width
     width: int = 64  # width of the residual stream
     dtype: str = "float32"  # dtype of the computation; parameters stay float32
     text: str = ""  # file to learn from; Python's standard library if empty
     # The output.
-    every: int = 50  # steps between two validations, and two reads of the log
+    every: int = 50  # steps between two validations, and between two reads of the log
     out: str = "runs/char_lm"  # folder for logs, reports and picture
 
 
@@ -92,16 +92,16 @@ def adamw(config: Config, clip: optax.GradientTransformation) -> Any:
     return optax.chain(clip, optax.adamw(rate))
 
 
-# A line a run: from the configuration to the optimizer.
+# One line per run: from the configuration to the optimizer.
 CLIPS = {
-    # An infinite threshold clips nothing, and measures all the same.
+    # An infinite threshold clips nothing, but the norm is still measured.
     "none": lambda c: adamw(c, optaxclip.clip_by_global_norm(jnp.inf)),
     "global": lambda c: adamw(c, optaxclip.clip_by_global_norm(c.max_norm)),
     "value": lambda c: adamw(c, optaxclip.clip_by_value(c.max_value)),
     "leaf": lambda c: adamw(c, optaxclip.clip_by_leaf_norm(c.max_leaf_norm)),
     "zclip": lambda c: adamw(c, optaxclip.zclip()),
     "percentile": lambda c: adamw(c, optaxclip.clip_by_percentile()),
-    # As percentile, and a step that is not finite changes nothing at all.
+    # Like percentile, but a step that is not finite changes nothing.
     "skip": lambda c: optaxclip.skip_nonfinite(
         adamw(c, optaxclip.clip_by_percentile())
     ),
@@ -109,7 +109,7 @@ CLIPS = {
 
 
 def label(config: Config, name: str) -> str:
-    """The name of a run, with the one threshold that somebody had to choose."""
+    """The name of a run, with its threshold if somebody had to choose one."""
     return f"global {config.max_norm:g}" if name == "global" else name
 
 
@@ -164,7 +164,7 @@ def train(
     text, validation_text = texts
     model = Transformer(config, nnx.Rngs(seed))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    # The model is on every device there is, and a batch is shared out among them.
+    # Every device has the model, and the devices share each batch.
     mesh = Mesh(jax.devices(), "batch")
     by_sequence = NamedSharding(mesh, P("batch"))
     state = jax.device_put(nnx.state((model, optimizer)), NamedSharding(mesh, P()))
@@ -172,7 +172,7 @@ def train(
 
     held_out = batches(validation_text, config.batch, config.context, seed=0)
     held_out = jax.device_put([next(held_out) for _ in range(8)], by_sequence)
-    path.unlink(missing_ok=True)  # a log that exists would be gone on with
+    path.unlink(missing_ok=True)  # an existing log would be continued
     hyperparameters = dataclasses.asdict(config) | {"seed": seed}
     log = ClipLog(path, transform=name, hyperparameters=hyperparameters)
     stream = batches(text, config.batch, config.context, seed)
@@ -218,7 +218,7 @@ def row(name: str, run: Run) -> str:
     )
 
 
-# Told apart by color-blind readers, too.
+# Color-blind readers can tell them apart.
 COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 
@@ -241,7 +241,7 @@ def picture(runs: dict[str, Run], config: Config, path: Path) -> None:
     title = f"Validation loss, {config.broken_share:.1%} of the batches are broken"
     if config.nan_share:
         title += "; after a batch of NaN a run is over, unless it skips"
-    top.set(title=title, xlabel="step", ylabel="nats a character")
+    top.set(title=title, xlabel="step", ylabel="nats per character")
     top.legend(title="clip: final loss")
     figure.savefig(path, dpi=120)
 
@@ -250,7 +250,8 @@ def draw_norms(axes: Axes, name: str, log: LogData, bad: Any, color: str) -> Non
     for step in np.concatenate(bad):
         axes.axvline(step, color="0.85", lw=4, zorder=0)
     axes.plot(log.step, log.norm, color=color, lw=1, label="before the clip")
-    axes.plot(log.step, log.threshold, color="black", lw=1.5, label="threshold")
+    if np.isfinite(log.threshold).any():  # without a clip there is none to draw
+        axes.plot(log.step, log.threshold, color="black", lw=1.5, label="threshold")
     title = f"{name}: norm of the gradient, gray: broken batches"
     axes.set(yscale="log", xlabel="step", title=title)
     axes.legend(fontsize="small")

@@ -59,7 +59,7 @@ class Config:
     max_norm: float = 1.0  # global: largest norm of the gradient
     # The training.
     steps: int = 2000  # optimizer steps of a run
-    batch: int = 128  # images a batch, a multiple of the number of devices
+    batch: int = 128  # images per batch, a multiple of the number of devices
     peak_rate: float = 4e-3  # learning rate after the warm-up
     warmup: int = 100  # steps of linear warm-up; a cosine decay follows
     ema_rate: float = 0.01  # share of the newest parameters in their average
@@ -94,14 +94,14 @@ def adamw(config: Config, clip: optax.GradientTransformation) -> Any:
     return optax.chain(clip, optax.adamw(rate))
 
 
-# A line a run: from the configuration to the optimizer.
+# One line per run: from the configuration to the optimizer.
 CLIPS = {
-    # An infinite threshold clips nothing, and measures all the same.
+    # An infinite threshold clips nothing, but the norm is still measured.
     "none": lambda c: adamw(c, optaxclip.clip_by_global_norm(jnp.inf)),
     "global": lambda c: adamw(c, optaxclip.clip_by_global_norm(c.max_norm)),
-    # No threshold to choose.
+    # No threshold to tune.
     "percentile": lambda c: adamw(c, optaxclip.clip_by_percentile()),
-    # As percentile, and a step that is not finite changes nothing at all.
+    # Like percentile, but a step that is not finite changes nothing.
     "skip": lambda c: optaxclip.skip_nonfinite(
         adamw(c, optaxclip.clip_by_percentile())
     ),
@@ -109,7 +109,7 @@ CLIPS = {
 
 
 def label(config: Config, name: str) -> str:
-    """The name of a run, with the one threshold that somebody had to choose."""
+    """The name of a run, with its threshold if somebody had to choose one."""
     return f"global {config.max_norm:g}" if name == "global" else name
 
 
@@ -138,7 +138,7 @@ def training_batches(
 def broken(
     batches: Iterable[np.ndarray], bad_step: int, factor: float
 ) -> Iterator[np.ndarray]:
-    """The same batches, but for one that somebody forgot to normalize."""
+    """The same batches, except for one that somebody forgot to normalize."""
     for step, images_BP in enumerate(batches):
         yield images_BP * np.float32(factor) if step == bad_step else images_BP
 
@@ -187,7 +187,7 @@ class Denoiser(nnx.Module):
         for block in self.blocks:
             x_BD = block(x_BD, time_BD)
         velocity_BP = self.velocity(self.norm(x_BD)).astype(jnp.float32)
-        # Late, the noise is nearly all that there is: only the rest is to be learned.
+        # Near time 1 there is almost only noise: the network just learns the rest.
         signal_B1, sigma_B1 = shares(time_B)
         return sigma_B1 * noisy_BP + signal_B1 * velocity_BP
 
@@ -248,7 +248,7 @@ def train(
 ) -> tuple[Any, list[float]]:
     """The drawing model, and its loss every so many steps; the log goes to the path."""
     images_NP, valid_NP = load_digits()
-    # The model is on every device there is, and a batch is shared out among them.
+    # Every device has the model, and the devices share each batch.
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((jax.device_count(),), ("batch",), auto)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -258,7 +258,7 @@ def train(
     state = jax.device_put(state, everywhere)
     valid_NP = jax.device_put(valid_NP, everywhere)
 
-    path.unlink(missing_ok=True)  # a log that exists would be gone on with
+    path.unlink(missing_ok=True)  # an existing log would be continued
     settings = dataclasses.asdict(config) | {"seed": seed}
     log = ClipLog(path, params=params, transform=name, hyperparameters=settings)
     batches = training_batches(config, images_NP, seed)
@@ -280,7 +280,7 @@ def train(
 
 @nnx.jit(static_argnums=1)
 def draw(model: Denoiser, config: Config, key: jax.Array) -> jax.Array:
-    """Digits out of noise (DDIM, deterministic but for the noise it starts from)."""
+    """Digits out of noise (DDIM, deterministic except for the initial noise)."""
 
     def step(noisy_BP: jax.Array, times: Any) -> tuple[jax.Array, None]:
         time_B, next_time_B = jnp.tile(times, (config.samples, 1)).T
@@ -290,7 +290,7 @@ def draw(model: Denoiser, config: Config, key: jax.Array) -> jax.Array:
         noise_BP = (noisy_BP - signal_B1 * image_BP) / sigma_B1
         return add_noise(image_BP, noise_BP, next_time_B), None
 
-    # Not from 1: there, nothing but noise is left to tell a digit from.
+    # Not from 1: there is only noise, which says nothing about a digit.
     times = jnp.linspace(0.99, 0.0, config.sampling_steps + 1)
     noise_BP = jax.random.normal(key, (config.samples, SIDE**2))
     return jax.lax.scan(step, noise_BP, jnp.stack([times[:-1], times[1:]], 1))[0]
@@ -315,7 +315,7 @@ HEADER = (
 
 
 def table(config: Config, runs: dict[str, Runs]) -> str:
-    """A line an optimizer: validation losses, mean ± deviation over the seeds."""
+    """One line per optimizer: validation losses, mean ± deviation over the seeds."""
     bad = config.bad_step if 0 <= config.bad_step < config.steps else config.steps
     after = min(bad // config.every, config.steps // config.every - 1)
     lines = [HEADER]
@@ -347,7 +347,7 @@ def save(config: Config, runs: dict[str, Runs], path: Path) -> None:
                 writer.writerow([name, seed, (i + 1) * config.every, loss])
 
 
-# Told apart by color-blind readers, too.
+# Color-blind readers can tell them apart.
 COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 

@@ -3,6 +3,7 @@
     pip install "optaxclip[examples]"
     python lora.py                  # one base, three fine-tunings: minutes on a CPU
     python lora.py --seeds 3 --rank 4 --outlier 100
+    python lora.py --text notes.txt      # your own text
 
 A Transformer learns Python source with `train.py`, in the same folder. Then it is
 frozen, and adapters on its linear layers learn the Python language reference, in
@@ -13,7 +14,7 @@ no other moments.
 In a few batches one sequence counts a thousand times, as if a file of examples had
 counts where weights should be. Every clip gets the same base, batches and outliers.
 
-With `--seeds 3` it ends so:
+With `--seeds 3`, the output ends like this:
 
 clip        loss before     after         clipped  largest norm
 none              3.205     2.705 ± 0.048     0.0%         238.1
@@ -58,17 +59,18 @@ class Config:
     seeds: int = 1  # fine-tune with each clip this many times
     max_norm: float = 1.0  # global: largest norm of the adapters' gradient
     outliers: float = 0.01  # share of the batches with an outlier
-    outlier: float = 1000.0  # what a sequence counts that is one
+    outlier: float = 1000.0  # weight of an outlier sequence; the others count 1
     # The fine-tuning.
+    text: str = ""  # file to fine-tune on; the Python language reference if empty
     rank: int = 8  # rank of an adapter
     steps: int = 300  # steps of a fine-tuning
     rate: float = 3e-3  # its learning rate, constant
-    batch: int = 16  # sequences a batch, a multiple of the number of devices
+    batch: int = 16  # sequences per batch, a multiple of the number of devices
     every: int = 20  # steps between two validations, and two updates of the log
     # The base.
     base_steps: int = 400  # steps of the pre-training
     base_rate: float = 3e-3  # its learning rate, with a cosine decay
-    context: int = 64  # characters a sequence
+    context: int = 64  # characters per sequence
     depth: int = 3  # Transformer blocks
     heads: int = 4  # attention heads, a divisor of the width
     width: int = 96  # width of the residual stream
@@ -88,9 +90,9 @@ def read_config() -> Config:
     return Config(**vars(parser.parse_args()))
 
 
-# A line a run: from the configuration to the clip.
+# One line per run: from the configuration to the clip.
 CLIPS = {
-    # An infinite threshold clips nothing, and measures all the same.
+    # An infinite threshold clips nothing, but the norm is still measured.
     "none": lambda c: optaxclip.clip_by_global_norm(jnp.inf),
     "global": lambda c: optaxclip.clip_by_global_norm(c.max_norm),
     "percentile": lambda c: optaxclip.clip_by_percentile(),
@@ -98,7 +100,7 @@ CLIPS = {
 
 
 def label(config: Config, name: str) -> str:
-    """The name of a run, with the one threshold that somebody had to choose."""
+    """The name of a run, with its threshold if somebody had to choose one."""
     return f"global {config.max_norm:g}" if name == "global" else name
 
 
@@ -120,6 +122,10 @@ def other_text(megabytes: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
     return train[:room], validation[:room]
 
 
+def tuning_text(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    return load_text(config.text) if config.text else other_text()
+
+
 def broken(
     batches: Iterable[np.ndarray], steps: Collection[int], weight: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -133,7 +139,7 @@ def broken(
 
 def outlier_steps(config: Config, seed: int) -> list[int]:
     count = round(config.outliers * config.steps)
-    # Not at once: a fine-tuning that has learned nothing has nothing to lose.
+    # Not at the start: before it has learned something, it has nothing to lose.
     late = np.arange(config.steps // 4, config.steps)
     rng = np.random.default_rng(seed)
     return sorted(rng.choice(late, count, replace=False).tolist())
@@ -222,7 +228,7 @@ def fine_tune(
     sharding: NamedSharding,
 ) -> list[float]:
     """The validation losses, before the first step too; a log is left at the path."""
-    text, validation_text = other_text()
+    text, validation_text = tuning_text(config)
     held_out = batches(validation_text, config.batch, config.context, seed=0)
     held_out = jax.device_put([next(held_out) for _ in range(8)], sharding)
     model, optimizer = new_model(config, base, clip, seed)
@@ -230,7 +236,7 @@ def fine_tune(
     def validate() -> float:
         return statistics.fmean(validation_loss(model, x).item() for x in held_out)
 
-    path.unlink(missing_ok=True)  # a log that exists would be gone on with
+    path.unlink(missing_ok=True)  # an existing log would be continued
     log = ClipLog(
         path,
         params=nnx.state(model, nnx.LoRAParam),
@@ -259,7 +265,7 @@ def fine_tune(
 
 @dataclasses.dataclass
 class Result:
-    losses: np.ndarray  # a row a seed, a column a validation
+    losses: np.ndarray  # one row per seed, one column per validation
     logs: list[LogData]
 
 
@@ -281,7 +287,7 @@ def spread(values: np.ndarray) -> str:
     return f"{np.mean(values):.3f}{deviation}"
 
 
-# Told apart by color-blind readers, too.
+# Color-blind readers can tell them apart.
 COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 
@@ -298,7 +304,7 @@ def picture(config: Config, results: dict[str, Result], path: Path) -> None:
             for axes in (top, panel):
                 axes.axvline(step, color="0.85", lw=4, zorder=0)
     title = "Adapters learn another text; gray: seed 0's batches with an outlier"
-    top.set(title=title, xlabel="step", ylabel="validation loss, nats a character")
+    top.set(title=title, xlabel="step", ylabel="validation loss, nats per character")
     top.legend(title="clip: final loss")
     figure.savefig(path, dpi=90)
 
@@ -330,7 +336,7 @@ def main() -> None:
         raise SystemExit(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    # The model is on every device there is, and a batch is shared out among them.
+    # Every device has the model, and the devices share each batch.
     sharding = NamedSharding(Mesh(jax.devices(), "batch"), P("batch"))
     base = pretrain(config, sharding)
     results = {}

@@ -9,13 +9,14 @@ The environment (Gymnasium's functional CartPole), the actor-critic (Flax NNX) a
 are pure functions under `scan`; `vmap` runs the seeds. The script compares three runs:
 with `clip_by_global_norm(0.5)`, which implementations of PPO customarily use, with
 `clip_by_percentile()`, which chooses its own threshold, and without a clip. Every clip
-gets the same seeds. On this easy task, the run without a clip is best, and the run with
-0.5, which is below nearly every norm, is worst:
+gets the same seeds. On this easy task, 0.5 is below nearly every norm, and that run is
+the worst. The spreads of the other two overlap, and another machine may order them
+differently:
 
 clip        mean return      of the last tenth   clipped  norm: median  largest
-none          292.5 ± 51.4          376.4 ± 101.7      0.0%         32.81     74.3
-global 0.5    224.8 ± 20.2           246.9 ± 28.9     98.3%         32.43     74.4
-percentile    258.9 ± 24.8           315.0 ± 67.0     70.7%         32.63     76.4
+none          276.4 ± 43.2          335.2 ± 114.7      0.0%         32.25     94.0
+global 0.5    229.0 ± 23.7           265.4 ± 38.1     98.3%         32.71     79.9
+percentile    267.0 ± 28.2           364.4 ± 85.5     71.4%         32.61     81.9
 
 The suffix of a name lists the axes of its array: T time, E environments, B batch, O
 observation, A actions, U iterations, K epochs, M minibatches, G gradients (all of a
@@ -92,14 +93,14 @@ def read_config() -> Config:
 
 
 def adam(config: Config, clip: optax.GradientTransformation) -> Any:
-    """Adam behind a clip; a step that is not finite changes nothing at all."""
+    """Adam behind a clip; a step that is not finite changes nothing."""
     rate = optax.linear_schedule(config.rate, 0.0, config.updates)
     return optaxclip.skip_nonfinite(optax.chain(clip, optax.adam(rate, eps=1e-5)))
 
 
-# A line a run: from the configuration to the optimizer.
+# One line per run: from the configuration to the optimizer.
 CLIPS = {
-    # An infinite threshold clips nothing, and measures all the same.
+    # An infinite threshold clips nothing, but the norm is still measured.
     "none": lambda c: adam(c, optaxclip.clip_by_global_norm(jnp.inf)),
     "global": lambda c: adam(c, optaxclip.clip_by_global_norm(c.max_norm)),
     "percentile": lambda c: adam(c, optaxclip.clip_by_percentile()),
@@ -107,14 +108,14 @@ CLIPS = {
 
 
 def label(config: Config, name: str) -> str:
-    """The name of a run, with the one threshold that somebody had to choose."""
+    """The name of a run, with its threshold if somebody had to choose one."""
     return f"global {config.max_norm:g}" if name == "global" else name
 
 
 # --- environment ----------------------------------------------------------------------
 
 ENV = CartPoleFunctional()
-# Gymnasium's own default adds the two factors of this product up.
+# Gymnasium's own default adds these two factors instead of multiplying them.
 PHYSICS = CartPoleParams(polemass_length=0.1 * 0.5)
 MAX_EPISODE = 500
 OBSERVATIONS, ACTIONS = 4, 2  # how many there are
@@ -136,7 +137,7 @@ def env_step(
     env: EnvState, action: jax.Array, key: jax.Array
 ) -> tuple[EnvState, jax.Array, jax.Array, jax.Array]:
     """The next state, the reward, whether the episode is over, and its return."""
-    # As a float, for programs that do not let JAX mix dtypes.
+    # As a float, since some programs forbid JAX to mix dtypes.
     state = ENV.transition(env.state, jnp.float32(action), None, PHYSICS)
     reward = jnp.float32(ENV.reward(env.state, action, state, None, PHYSICS))
     after = EnvState(state, env.length + 1, env.episode_return + reward)
@@ -297,7 +298,7 @@ def run(
             (params, opt_state),
             jax.random.split(epochs_key, config.epochs),
         )
-        # The mean over the episodes that ended; without any, the mean of before.
+        # The mean over the episodes that ended; if none did, the previous mean.
         done_TE = steps_TE.done
         total = jnp.sum(steps_TE.episode_return, where=done_TE)
         count = jnp.sum(done_TE, dtype=jnp.float32)
@@ -324,9 +325,9 @@ class Runs:
 
 
 def train_seeds(config: Config, name: str, folder: Path) -> Runs:
-    # The whole of a run stays on the device until it is over.
+    # The history of a whole run stays on the device until the run ends.
     tx = optaxclip.record_history(CLIPS[name](config), config.updates, leaf_norms=True)
-    # As many devices as can share the seeds out evenly.
+    # As many devices as divide the seeds evenly.
     devices = math.gcd(config.seeds, jax.device_count())
     mesh = Mesh(jax.devices()[:devices], "seed")
     key_S = jax.random.split(jax.random.key(0), config.seeds)
@@ -335,9 +336,9 @@ def train_seeds(config: Config, name: str, folder: Path) -> Runs:
     return_SU, norm_SG, state_S = jax.device_get(program(key_S))
 
     path = folder / f"{name}-seed0.jsonl"
-    path.unlink(missing_ok=True)  # a log that exists would be gone on with
+    path.unlink(missing_ok=True)  # an existing log would be continued
     settings = dataclasses.asdict(config)
-    # Of the seeds that `vmap` has stacked a log takes the first.
+    # `vmap` stacked the seeds. The log takes the first one.
     ClipLog(path, transform=name, hyperparameters=settings).update(state_S)
     log = read(path)
     report(log, path.with_suffix(".html"), title=f"ppo, {name}, first seed")
@@ -351,7 +352,7 @@ HEADER = (
 
 
 def table(runs: dict[str, Runs]) -> str:
-    """A line a clip: returns and shares, mean ± deviation over the seeds."""
+    """One line per clip: returns and shares, mean ± deviation over the seeds."""
     lines = [HEADER]
     for name, run in runs.items():
         last = max(1, run.return_SU.shape[1] // 10)
@@ -379,7 +380,7 @@ def save(config: Config, runs: dict[str, Runs], path: Path) -> None:
                 writer.writerow([name, seed, step, value])
 
 
-# Told apart by color-blind readers, too.
+# Color-blind readers can tell them apart.
 COLORS = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 
@@ -412,7 +413,7 @@ def picture(config: Config, runs: dict[str, Runs], path: Path) -> None:
 
 
 def main() -> None:
-    # One thread where there is only a CPU: the operations are too small to share out.
+    # One thread on a CPU: the operations are too small to be worth splitting.
     os.environ.setdefault("NPROC", "1")
     config = read_config()
     if unknown := set(config.clip.split(",")) - set(CLIPS):

@@ -46,11 +46,11 @@ from optaxclip.audit import ClipLog, LogData, read, report
 class Config:
     text: str = ""  # file to learn from; Python's standard library if empty
     steps: int = 1000  # optimizer steps
-    batch: int = 16  # sequences in a batch, a multiple of the number of devices
+    batch: int = 16  # sequences per batch, a multiple of the number of devices
     peak_rate: float = 3e-3  # learning rate after the warm-up
     warmup: int = 50  # steps of linear warm-up, below --steps; then a cosine decay
     seeds: int = 1  # number of models to train, one after the other
-    context: int = 64  # characters in a sequence
+    context: int = 64  # characters per sequence
     depth: int = 3  # Transformer blocks
     heads: int = 4  # attention heads, a divisor of the width
     width: int = 96  # width of the residual stream
@@ -153,7 +153,7 @@ def new_state(config: Config, seed: int) -> TrainState:
         0.0, config.peak_rate, config.warmup, config.steps, config.peak_rate / 10
     )
     tx = optax.chain(optaxclip.clip_by_percentile(), optax.adamw(rate))
-    # A step that is not finite changes nothing at all. The recorder is for the log.
+    # A step that is not finite changes nothing. The recorder is for the log.
     tx = optaxclip.skip_nonfinite(tx)
     tx = optaxclip.record_history(tx, length=config.every, leaf_norms=True)
     return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
@@ -182,15 +182,15 @@ def train(config: Config, text: np.ndarray, seed: int, folder: Path) -> TrainSta
     checkpoints = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=keep)
     if done := checkpoints.latest_step() or 0:
         state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-        print(f"Going on from step {done}, found in {folder}/")
+        print(f"Resuming from step {done}, found in {folder}/")
     settings = dataclasses.asdict(config) | {"seed": seed}
     log = ClipLog(folder / "clip.jsonl", params=state.params, hyperparameters=settings)
-    log.update(state)  # takes back what came after the checkpoint
+    log.update(state)  # removes what came after the checkpoint
     board = SummaryWriter(str(folder), purge_step=done)  # does so, too
 
     stream = batches(text, config.batch, config.context, seed, first=done)
     bar = tqdm(range(done, config.steps), f"seed {seed}", config.steps, initial=done)
-    pending = []  # metrics stay on the device: to fetch each at once would stall it
+    pending = []  # metrics stay on the device: fetching each right away would stall it
     for step in bar:
         tokens_BT1 = jax.device_put(next(stream), NamedSharding(mesh, P("batch")))
         state, metrics = train_step(state, tokens_BT1)
@@ -198,11 +198,11 @@ def train(config: Config, text: np.ndarray, seed: int, folder: Path) -> TrainSta
         if (step + 1) % config.every == 0 or step + 1 == config.steps:
             for number, row in jax.device_get(pending):
                 for name, value in row.items():
-                    if np.isfinite(value):  # many a clip has no threshold at first
+                    if np.isfinite(value):  # some clips have no threshold at first
                         board.add_scalar(name, value.item(), number)
             pending.clear()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
-            # The log first: what it has beyond a checkpoint it can take back.
+            # The log first: on resuming, it removes what came after the checkpoint.
             log.update(state)
             checkpoints.save(step + 1, args=ocp.args.StandardSave(state))
     board.close()
@@ -232,7 +232,7 @@ def picture(logs: list[LogData], path: Path) -> None:
     top, bottom = figure.subplots(2, sharex=True)
     for seed, log in enumerate(logs):
         top.plot(log.step, log.loss, lw=0.8, label=f"seed {seed}")
-    top.set(title="Training loss", ylabel="nats a character")
+    top.set(title="Training loss", ylabel="nats per character")
     log = logs[0]
     bottom.plot(log.step, log.norm, lw=0.8, label="before the clip")
     bottom.plot(log.step, log.threshold, lw=2, color="black", label="threshold")

@@ -125,8 +125,7 @@ def normalize(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     any, infinite threshold     the updates, bit for bit
     at the threshold            the updates, bit for bit
     above 0, threshold 0        zeros
-    so small that the scale     multiplied by the largest finite number
-    would be infinite
+    scale would be infinite     multiplied by the largest finite number
     infinite                    as :func:`rescale` does
     NaN                         NaN in every leaf under this norm
     ==========================  ====================================================

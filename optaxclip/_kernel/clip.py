@@ -37,7 +37,7 @@ class ClipMetrics(NamedTuple):
     """What a clip did in its last step: arrays, or dicts of arrays by path."""
 
     grad_norm: Norms  #: the norm of the updates before clipping
-    clip_threshold: Norms  #: the bound; the largest finite number where nothing bounds
+    clip_threshold: Norms  #: the bound; the largest finite number if there is none
     #: what they were multiplied by, min(1, threshold / norm) unless `apply` has its own
     clip_scale: Norms
 

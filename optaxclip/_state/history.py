@@ -39,7 +39,7 @@ class History(NamedTuple):
     """Ring buffers of ``length`` steps. Step s is at index s % length."""
 
     history_norm: jax.Array  #: before clipping; NaN or infinite in a bad step
-    history_threshold: jax.Array  #: the largest finite number where nothing bounds
+    history_threshold: jax.Array  #: the largest finite number if unbounded
     history_scale: jax.Array  #: what the step was multiplied by; 0 if skipped
     history_loss: jax.Array  #: as passed to ``update(..., loss=)``, else 0
     history_has_loss: jax.Array  #: 1 if a loss was passed; int8
@@ -107,7 +107,7 @@ def record_history(
       ====================  ========================================================
 
     Raises:
-      ValueError: ``length`` is no integer of at least 1; or, at ``init``, ``inner``
+      ValueError: ``length`` is not an integer of at least 1; or, at ``init``, ``inner``
         holds no clip and no skip, or several clips and ``clip`` names none of them.
 
     Example:

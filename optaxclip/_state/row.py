@@ -61,7 +61,7 @@ def _clip_row(before: PyTree, after: PyTree, clip: str | None) -> Row | None:
         names = [name for name in states if name == f"{clip}/"]
         if not names:
             raise ValueError(
-                "`record_history(clip=...)` must be one of "
+                "`record_history(clip=...)` chooses a clip and must be one of "
                 f"{[name.removesuffix('/') for name in states]}, got {clip!r}."
             )
     if not names:

@@ -62,16 +62,17 @@ def quantile(
         in AutoClip, or after (the default), so that it cannot raise its own threshold.
       min_count: While fewer norms are recorded, from 1 to ``window``, the threshold is
         infinite; ``optaxclip.lowest(rule, cap)`` puts a cap on it. With the default, 1,
-        the first norm is the threshold of the second. A larger number spares few steps
-        that would be clipped for lack of data: :math:`(2q - 1) \sum_m 1 / (m + 1)`,
-        which is 1.7 for ``min_count=10`` and q 0.95. It leaves ``min_count`` steps
-        unprotected where training is least stable.
-      ramp: While fewer norms than this are recorded, the threshold is multiplied by
-        their share. With 100 it is a hundredth of the quantile at the first norm, and
-        half of it at the 50th. Norms fall steeply in the first steps of most runs, so a
-        threshold from past norms bounds nothing there, and optimizers remember those
-        steps for long (Adam's second moment: 1,000 steps). An integer from 0, the
-        default, which is no ramp, to ``window``.
+        the first norm is the threshold of the second. With few norms, a quantile clips
+        a little too often. A larger number avoids that, but it gains little:
+        :math:`(2q - 1) \sum_m 1 / (m + 1)` steps, which is 1.7 for ``min_count=10``
+        and ``q=0.95``. In return, ``min_count`` steps are not clipped at all, just when
+        training is least stable.
+      ramp: An integer from 0 (the default: no ramp) to ``window``. The threshold grows
+        with the number of recorded norms until there are this many. With 100 it is a
+        hundredth of the quantile at the first norm, and half of it at the 50th. In most
+        runs norms fall steeply at first, so a threshold from past norms does not clip
+        those steps, and optimizers remember them for a long time (Adam's second moment:
+        1,000 steps).
 
     Returns:
       A rule with ``QuantileState``: thresholds of the shapes and dtypes of the

@@ -119,14 +119,16 @@ def adagc(
     Returns:
       A chain of two clips, by global norm and by leaf norm. Its state is a dict with
       the keys ``warmup`` and ``adagc``, which are also the prefixes of
-      :func:`optaxclip.metrics`. Without ``warmup_norm`` it is the second clip alone.
+      :func:`optaxclip.metrics`. :func:`optaxclip.record_history` needs the name of one
+      of them, such as ``clip="0/adagc"`` if this is the first part of a chain. With
+      ``warmup_norm=None``, it is the second clip alone.
       Norms that are 0 (frozen leaves, experts without tokens) or not finite are not
       remembered. In the published form it takes 2,000 steps to recover from 100 steps
       of 0.
 
     Raises:
-      ValueError: ``ratio`` is not above 1, ``decay`` outside [0, 1), ``warmup`` no
-        integer of at least 1, or ``warmup_norm`` negative.
+      ValueError: ``ratio`` is not above 1, ``decay`` is outside [0, 1),
+        ``warmup`` is not an integer of at least 1, or ``warmup_norm`` is negative.
 
     Example:
       >>> import jax.numpy as jnp

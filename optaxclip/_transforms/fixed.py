@@ -31,13 +31,15 @@ def clip_by_value(
 
     .. math:: g_i \leftarrow \min(\max(g_i, -v), v)
 
-    The direction of the update is not kept. ``clip_by(global max-norm, constant(v),
-    apply=clamp)``: the norm it reports is the largest modulus of all elements.
+    This changes the direction of the update. The norm that the metrics report is the
+    largest absolute value of all elements. In terms of the kernel, this is
+    ``clip_by(max_norm, constant(v), apply=clamp)``, where ``max_norm`` is
+    :func:`optaxclip.global_norm` with ``ord=inf``.
 
     Args:
       max_value: The value :math:`v \ge 0`: a number, an array of shape () or a
         schedule ``step -> number``.
-      max_delta: ``max_value`` by the name that ``optax.clip`` has for it.
+      max_delta: The name that ``optax.clip`` has for ``max_value``.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
@@ -126,8 +128,8 @@ def clip_by_leaf_norm(
 
     Returns:
       A transformation with :class:`optaxclip.ClipState`, whose metrics hold one norm
-      for each leaf; dtypes are kept. Each leaf is treated by its own norm as
-      :func:`optaxclip.clip_by` says.
+      for each leaf; dtypes are kept. :func:`optaxclip.clip_by` says what
+      happens to a leaf whose norm is 0, infinite or NaN.
 
     Raises:
       ValueError: ``max_norm`` is a concrete negative number or NaN.
@@ -192,7 +194,7 @@ def adaptive_grad_clip(
     *,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Holds the gradient of every unit in proportion to the unit's weights (AGC).
+    r"""Limits the gradient of every unit in proportion to the unit's weights (AGC).
 
     .. math:: g_u \leftarrow g_u \cdot \min\!\left(1,
               \frac{\lambda \max(\|w_u\|_2, \epsilon)}{\|g_u\|_2}\right)
@@ -205,8 +207,8 @@ def adaptive_grad_clip(
       clipping: The ratio :math:`\lambda \ge 0`: a number, an array of shape () or a
         schedule ``step -> number``. The authors use 0.01 to 0.16, less for larger
         batches.
-      eps: The least norm :math:`\epsilon \ge 0` that weights are taken to have, so that
-        weights that start at zero can grow.
+      eps: The smallest norm :math:`\epsilon \ge 0` that the weights of a unit count
+        with, so that weights that start at zero can grow.
       axis: The axes that make up a unit, see :func:`optaxclip.unit_norm`. The default
         goes by rank, as in optax. Set it for Equinox and PyTorch layouts, 1-D
         convolutions, attention and stacked layers: :mod:`optaxclip.unit_axes` has a

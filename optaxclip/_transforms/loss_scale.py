@@ -90,7 +90,7 @@ def dynamic_loss_scale(
       parameters as float32 where they have 16 bits or fewer, at ``init`` too, so that
       its moments are float32; float64 stays. What it returns is returned as it is:
       ``optax.apply_updates`` adds float32 to the parameters and rounds once, to their
-      dtype. Leaves that are no gradients pass through to ``inner`` unscaled.
+      dtype. Leaves that are not gradients pass through to ``inner`` unscaled.
 
       ==========================  ==================================================
       gradients                   result
@@ -110,7 +110,7 @@ def dynamic_loss_scale(
 
     Raises:
       ValueError: ``init_scale`` is not within ``min_scale`` and ``max_scale``, these
-        are not within 2**-126 and 2**126, ``growth_interval`` is no integer of at
+        are not within 2**-126 and 2**126, ``growth_interval`` is not an integer of at
         least 1, ``growth_factor`` not above 1, or ``backoff_factor`` outside (0, 1).
 
     Example:

@@ -41,12 +41,12 @@ def clip_by_percentile(
 
     The defaults come from there, and each has its reason:
 
-    * A low percentile of a long window falls within ``percentile / 100 * window``
-      steps and rises within the rest. So the threshold comes down with the norms, and
-      a burst of spikes does not raise it.
-    * The factor leaves the smaller steps unchanged, and shortens the others by little,
-      so that plain SGD keeps most of its learning rate. A spike is clipped to the size
-      of an ordinary step.
+    * A low percentile of a long window follows falling norms quickly, within
+      ``percentile / 100 * window`` steps (100), and rising norms slowly, within the
+      rest of the window (900). A burst of spikes does not raise it.
+    * The factor leaves the smaller steps unchanged and shortens the others only a
+      little, so that plain SGD keeps most of its learning rate. A spike is clipped to
+      the size of an ordinary step.
     * The ramp makes the first steps small. Norms are largest there, and Adam's second
       moment remembers them for :math:`1 / (1 - \beta_2)` steps.
 
@@ -62,12 +62,12 @@ def clip_by_percentile(
       factor: :math:`c`, a positive number that multiplies the percentile. A traced
         one below 0 counts as 0.
       ramp: :math:`R`, the number of norms over which the threshold rises from 0 to its
-        full value; 0 is no ramp. A number above ``window`` counts as ``window``.
+        full value; 0 means no ramp. A number above ``window`` counts as ``window``.
       include_current: Whether the current norm counts for its own threshold. If not,
-        the first step has no threshold but ``max_norm``.
+        the first step has no threshold except ``max_norm``.
       min_count: The number of norms to record before the percentile is used. Until
-        then the threshold is ``max_norm``, or infinite without one: the steps that a
-        ramp is for are then not clipped.
+        then the threshold is ``max_norm``, or infinite if there is none, so the first
+        steps, which the ramp would make small, are not clipped.
       norm: What to measure; :func:`optaxclip.leaf_norm` gives every leaf a window of
         its own.
       axis_name: As in :func:`optaxclip.clip_by`.
@@ -82,7 +82,7 @@ def clip_by_percentile(
       the first                   scaled to ``factor / ramp`` of itself, 1.5%; without
                                   ``include_current`` clipped by ``max_norm`` only
       a norm of 0                 not clipped and not recorded
-      a norm not finite           not recorded; see :func:`optaxclip.clip_by`
+      NaN, infinite               not recorded; see :func:`optaxclip.clip_by`
       all norms equal             not clipped, once the ramp is over
       ==========================  ==================================================
 

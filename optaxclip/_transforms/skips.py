@@ -17,10 +17,10 @@ def skip_nonfinite(
 ) -> optax.GradientTransformationExtraArgs:
     """Skips steps with a NaN or infinity in the gradients: a bad batch does no harm.
 
-    ``skip_by(inner, global_norm, inf)``. Unlike ``optax.apply_if_finite``, it checks
-    the gradients and not the updates, and never lets a NaN through, however many there
-    are in a row. Put it around everything, including ``optax.MultiSteps``: a NaN never
-    leaves the accumulator that it enters.
+    This is ``skip_by(inner, global_norm, inf)``. Unlike ``optax.apply_if_finite``, it
+    checks the gradients, not the updates, and never lets a NaN through, however many
+    there are in a row. Put it around everything, including ``optax.MultiSteps``: a NaN
+    never leaves the accumulator that it enters.
 
     Args:
       inner: The optimizer to guard.
@@ -56,12 +56,12 @@ def skip_spikes(
 ) -> optax.GradientTransformationExtraArgs:
     """Skips steps whose norm (or loss, if asked) is far above the recent ones.
 
-    ``skip_by(inner, global_norm, window_zscore(...))``: the threshold is the mean plus
-    ``z_threshold`` standard deviations, as in the training of OLMo. A streak of skips
-    raises it, so that training continues at a new level. Steps that are not finite are
-    always skipped and never remembered. By default the first step that can be skipped
-    for its size is the one at index 64; in OLMo-core it is the one at 63. For another
-    rule use :func:`optaxclip.skip_by`.
+    This is ``skip_by(inner, global_norm, window_zscore(...))``. The threshold is the
+    mean plus ``z_threshold`` standard deviations, as in the training of OLMo. A streak
+    of skips raises it, so that training continues if the norms stay high. Steps that
+    are not finite are always skipped and never remembered. By default the first step
+    that can be skipped for its size is the one at index 64; in OLMo-core it is the one
+    at 63. For another rule use :func:`optaxclip.skip_by`.
 
     Args:
       inner: The optimizer to guard.

@@ -123,6 +123,14 @@ def test_the_other_text_is_other(lora):
     assert lora.other_text(0.01)[0].size == 10_000
 
 
+def test_a_text_of_your_own_stays_within_the_vocabulary(lora, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("naïve café " * 100, encoding="utf-8")
+    train, validation = lora.tuning_text(lora.Config(text=str(path)))
+    assert train.size + validation.size == path.stat().st_size
+    assert train.max() == validation.max() == 127  # beyond it, the loss is NaN
+
+
 @pytest.mark.slow
 def test_what_cannot_run_is_refused_at_once(tmp_path):
     done = run("--clip none,glob", tmp_path)

@@ -127,7 +127,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(whole, tmp_path):
     assert 0 < first < STEPS
     resumed = run(script, tmp_path)
 
-    assert f"Going on from step {first}" in resumed
+    assert f"Resuming from step {first}" in resumed
     resumed = resumed[resumed.index("Seed 0 writes") :]  # the sample, and the table
     assert resumed.replace(str(tmp_path), str(folder)) in printed
     for a, b in zip(state(folder), state(tmp_path), strict=True):

@@ -16,6 +16,14 @@ pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the budgets are for programs of the CPU"
 )
 
+# XLA for CPU of jax 0.10.0 writes the squares to memory before it adds them up.
+WRITES_SQUARES = jax.__version_info__ < (0, 10, 1)
+
+
+def squares(dtype):
+    """The size of these float32 squares in units of the gradients, if written."""
+    return 4 / jnp.dtype(dtype).itemsize if WRITES_SQUARES else 0
+
 
 @functools.cache
 def cost(name, dtype=jnp.float32):
@@ -60,9 +68,10 @@ def test_a_clip_reads_the_gradients_once_and_copies_nothing(name, monkeypatch):
     if name == "value":  # several devices cost it a copy on CPUs, see `_maximum`
         monkeypatch.setattr(jax, "device_count", lambda: 1)
     moved, temporary, with_rare = cost(name)
-    assert moved - cost("adamw")[0] <= 1.05
-    assert temporary <= 0.02
-    assert with_rare - moved <= 1.05
+    written = squares(jnp.float32)
+    assert moved - cost("adamw")[0] <= 1.05 + 2 * written
+    assert temporary <= 0.02 + written
+    assert with_rare - moved <= 1.05 + 2 * written
 
 
 def test_optax_is_what_the_budget_was_set_against():
@@ -73,6 +82,7 @@ def test_optax_is_what_the_budget_was_set_against():
     assert moved == pytest.approx(accessed, rel=1e-3)  # it has no rare branch
 
 
+@pytest.mark.skipif(WRITES_SQUARES, reason="jax 0.10.0 makes a copy for both")
 @pytest.mark.parametrize("name", ["optaxclip", "leaf", "percentile"])
 @pytest.mark.sample(1)
 @pytest.mark.slow
@@ -90,8 +100,9 @@ def test_a_norm_is_one_read_and_no_copy(norm, dtype):
     grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     program = jax.jit(norm).lower(params).compile()
     counted = figures(program)
-    assert counted["bytes_moved"] <= 1.02 * grad_bytes
-    assert counted["temp_bytes"] <= 0.02 * grad_bytes
+    written = squares(dtype)
+    assert counted["bytes_moved"] <= (1.02 + 2 * written) * grad_bytes
+    assert counted["temp_bytes"] <= (0.02 + written) * grad_bytes
 
 
 def test_many_leaves_compile_to_little_more_than_optax():
@@ -106,7 +117,7 @@ def test_many_leaves_compile_to_little_more_than_optax():
         size(optaxclip.clip_by_global_norm(1.0)),
         size(optax.clip_by_global_norm(1.0)),
     )
-    assert ours <= 1.15 * theirs
+    assert ours <= (1.25 if WRITES_SQUARES else 1.15) * theirs
 
 
 def test_a_clip_makes_no_callback_no_sort_and_no_loop():
