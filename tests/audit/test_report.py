@@ -108,7 +108,7 @@ def long_run(tmp_path_factory):
 @pytest.fixture
 def no_replays(monkeypatch):
     """For tests of other things: compiling and drawing take nearly all the time."""
-    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
     monkeypatch.setattr(page_module.stills, "image", lambda _: "<img alt='picture'>")
 
 

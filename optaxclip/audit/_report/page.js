@@ -32,7 +32,7 @@
     return run;
   }
 
-  const { runs } = JSON.parse(at("payload").textContent);
+  const { runs, refresh } = JSON.parse(at("payload").textContent);
   await Promise.all(runs.map(unpack));
   const first = runs.reduce((a, r) => (BigInt(r.first) < a ? BigInt(r.first) : a),
     BigInt(runs[0].first));
@@ -385,6 +385,10 @@
     `The page holds the ${runs[0].leaves.length} parameters with the largest norms; `
     + `${number(runs[0].moreLeaves)} more are in the log.`);
   at("notes").textContent = notes.join(" ");
+
+  // A page that is written again loads itself again, but not under a reader's hands.
+  const zoomed = () => view[1] - view[0] < whole[1] - whole[0];
+  if (refresh) setInterval(() => zoomed() || location.reload(), 1000 * refresh);
 
   at("live").hidden = false;
   document.documentElement.classList.add("live");

@@ -17,15 +17,7 @@ from optaxclip.audit._report import statistics as stats
 from optaxclip.audit._report import stills
 from optaxclip.audit._report.payload import payload
 from optaxclip.audit._report.summary import summary
-from optaxclip.audit._what_if import (
-    HEADER,
-    Suggestions,
-    cells,
-    compare,
-    outcome,
-    parse_rule,
-    suggest,
-)
+from optaxclip.audit._what_if import HEADER, advice, cells, outcome
 
 EVENTS = 20  # rows of a table of events, at most
 ALTERNATIVES = {
@@ -52,7 +44,7 @@ class Table(NamedTuple):
     goes_to_steps: bool = False
 
 
-def page(runs: Mapping[str, LogData], title: str) -> str:
+def page(runs: Mapping[str, LogData], title: str, refresh: float | None = None) -> str:
     """The page of one run, of which the name is empty, or of several by name."""
     # Everything that is put in is escaped; what does not print is shown as an escape.
     environment = jinja2.Environment(
@@ -75,7 +67,10 @@ def page(runs: Mapping[str, LogData], title: str) -> str:
         runs=[_run(i, name, data) for i, (name, data) in enumerate(runs.items())],
         lead=_lead(alone.metadata) if alone else [],
         still=stills.image(runs),
-        payload={"runs": [payload(data, name) for name, data in runs.items()]},
+        payload={
+            "runs": [payload(data, name) for name, data in runs.items()],
+            "refresh": refresh,
+        },
         scaled_leaves=any(map(stats.leaves_are_scaled, runs.values())),
         differences=None if alone else _differences(runs),
         alternatives=_alternatives(alone) if alone else None,
@@ -152,20 +147,13 @@ def _event(event: stats.Event) -> tuple[str, ...]:
 
 def _alternatives(data: LogData) -> dict[str, Any]:
     try:
-        suggestions = suggest(data)
+        suggestions, outcomes = advice(data, ALTERNATIVES)
     except ValueError:  # of norms that cannot be replayed either
         return {"table": None, "suggestions": None}
-    rows = _replayed(data, suggestions)
+    recorded = outcome("as recorded", data.norm, data.scale, data.clipped)
+    rows = [cells(row) for row in (recorded, *outcomes)]
     table = Table("replays", REPLAYED, HEADER, rows)
     return {"table": table, "suggestions": suggestions}
-
-
-def _replayed(data: LogData, suggestions: Suggestions) -> list[tuple[str, ...]]:
-    fixed, percentile, _ = suggestions
-    rules = {s.setting: s.rule for s in (fixed, percentile)} | ALTERNATIVES
-    outcomes = compare({name: parse_rule(rules[name]) for name in rules}, data)
-    recorded = outcome("as recorded", data.norm, data.scale, data.clipped)
-    return [cells(row) for row in (recorded, *outcomes)]
 
 
 def _record(data: LogData) -> list[Table]:

@@ -194,11 +194,10 @@ def largest_leaf(data: LogData, row: int) -> str:
 
 
 def nonfinite_leaves(data: LogData, row: int) -> tuple[str, ...]:
-    """The leaves with a norm of NaN or infinity; none if not recorded."""
+    """The leaves that are not finite in a bad step; none if not recorded."""
     if data.leaf_norms is None or np.isfinite(data.norm[row]):
         return ()
-    bad = np.flatnonzero(~np.isfinite(data.leaf_norms[row]))
-    return tuple(data.leaf_names[leaf] for leaf in bad)
+    return data.nonfinite_leaves(data.step[row])
 
 
 def in_words(data: LogData, leaves: tuple[str, ...]) -> str:

@@ -13,4 +13,5 @@ from optaxclip.audit._what_if.rule_text import SYNTAX as SYNTAX
 from optaxclip.audit._what_if.rule_text import parse_rule as parse_rule
 from optaxclip.audit._what_if.suggest import Suggestion as Suggestion
 from optaxclip.audit._what_if.suggest import Suggestions as Suggestions
+from optaxclip.audit._what_if.suggest import advice as advice
 from optaxclip.audit._what_if.suggest import suggest as suggest
