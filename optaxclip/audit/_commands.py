@@ -77,6 +77,8 @@ def watch_command(args: argparse.Namespace) -> str:
     return ""
 
 
+# What becomes of numbers that are too large depends on where they stand.
+_TOO_LARGE = (MemoryError, OverflowError, RuntimeError, TypeError, ValueError)
 Said = tuple[dict[str, Any], str]  # for --json, and for a person
 
 
@@ -100,14 +102,7 @@ def replay_command(args: argparse.Namespace) -> str:
         for text, rule in args.rules:
             try:
                 outcomes += compare({text: rule}, data)
-            # What becomes of numbers that are too large depends on where they stand.
-            except (
-                MemoryError,
-                OverflowError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:
+            except _TOO_LARGE as error:
                 message = f"the rule {text} cannot be replayed: {error}"
                 raise Failure(message) from None
         found = [outcome._asdict() for outcome in outcomes]
@@ -192,8 +187,8 @@ def _without_call(message: str) -> str:
 
 
 def _gaps(data: LogData) -> list[str]:
-    lost = sum(last - first + 1 for first, last in data.missed)
-    return [f"{count(lost, 'step')} missing from the log."] if lost else []
+    lost = count(data.missing, "step")
+    return [f"{lost} missing from the log."] if data.missing else []
 
 
 def _json(value: Any) -> str:

@@ -37,6 +37,11 @@ class LogData:
     unsure_before: int = 0  # earlier rows may be of steps repeated since
     restarts: tuple[int, ...] = ()  # the first step that each later process wrote
 
+    @property
+    def missing(self) -> int:
+        """How many steps are missing: those of all gaps."""
+        return sum(last - first + 1 for first, last in self.missed)
+
     def nonfinite_leaves(self, step: int) -> tuple[str, ...]:
         """The parameters whose gradient had a norm of NaN or infinity at a step.
 

@@ -219,9 +219,13 @@ def rows_of(data: LogData, rows: slice) -> LogData:
 
 
 def largest_leaves(data: LogData, most: int) -> np.ndarray:
-    """The leaves with the largest median norms, largest first."""
+    """The leaves with the largest norms, largest first: by the median of those above 0.
+
+    A leaf that has no gradient in most steps may make the spikes in the others.
+    """
     assert data.leaf_norms is not None
-    known = np.where(np.isfinite(data.leaf_norms), data.leaf_norms, np.nan)
+    known = np.isfinite(data.leaf_norms) & (data.leaf_norms > 0)
+    known = np.where(known, data.leaf_norms, np.nan)
     medians = np.nan_to_num(row_medians(known.T))
     return np.argsort(-medians, kind="stable")[:most]
 

@@ -119,10 +119,8 @@ def _healthy(data: LogData) -> Finding:
 def _record(data: LogData) -> list[Finding]:
     parts = []
     if data.missed:
-        lost = sum(last - first + 1 for first, last in data.missed)
-        gaps = ", ".join(f"{first} to {last}" for first, last in data.missed[:3])
-        more = " and more" if len(data.missed) > 3 else ""
-        parts.append(f"{text.count(lost, 'step')} missing: {gaps}{more}")
+        lost = text.count(data.missing, "step")
+        parts.append(f"{lost} missing: {text.gaps(data.missed)}")
     if data.unsure_before:
         parts.append(
             f"rows of steps before {data.unsure_before} may belong to a part of the "

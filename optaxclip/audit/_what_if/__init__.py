@@ -7,6 +7,7 @@ from optaxclip.audit._what_if.compare import compare as compare
 from optaxclip.audit._what_if.compare import longest_streak as longest_streak
 from optaxclip.audit._what_if.compare import outcome as outcome
 from optaxclip.audit._what_if.compare import outcome_table as outcome_table
+from optaxclip.audit._what_if.compare import streaks as streaks
 from optaxclip.audit._what_if.replay import Replay as Replay
 from optaxclip.audit._what_if.replay import replay as replay
 from optaxclip.audit._what_if.rule_text import SYNTAX as SYNTAX
