@@ -52,6 +52,7 @@ def plot(runs: Mapping[str, LogData]) -> Figure:
     alone = len(runs) == 1
     drawn = {name: _panels(data, alone) for name, data in runs.items()}
     names = [name for name in HEIGHTS if any(map(_holding(name), drawn.values()))]
+    # The share of clipped steps is always known, so there is a panel.
     heights = [HEIGHTS[name] for name in names]
     figure = Figure((9.2, 1.3 * sum(heights)), layout="constrained")
     axes_of_panels = figure.subplots(
@@ -60,11 +61,11 @@ def plot(runs: Mapping[str, LogData]) -> Figure:
     stack = axes_of_panels[:, 0]
     for name, axes in zip(names, stack, strict=True):
         for i, (run, panels) in enumerate(drawn.items()):
-            for line in panels.get(name, []):
+            for line in filter(_is_drawn, panels.get(name, [])):
                 others = line._replace(color=COLORS[i % 8], dash=DASHES[i % 4])
                 _draw(axes, line if alone else others._replace(label=_name(run)))
         for data in runs.values() if alone else ():
-            _mark_bad(axes, data, with_label=name == "gradient norm")
+            _mark_bad(axes, data, with_label=axes is stack[0])
         _finish(axes, name, [data.loss for data in runs.values()])
     stack[-1].set_xlabel("step")
     stack[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -73,7 +74,11 @@ def plot(runs: Mapping[str, LogData]) -> Figure:
 
 
 def _holding(name: str) -> Any:
-    return lambda panels: any(np.isfinite(x.values).any() for x in panels.get(name, []))
+    return lambda panels: any(map(_is_drawn, panels.get(name, [])))
+
+
+def _is_drawn(line: Line) -> bool:
+    return bool(np.isfinite(line.values).any())
 
 
 def _panels(data: LogData, alone: bool) -> dict[str, list[Line]]:
@@ -88,8 +93,7 @@ def _panels(data: LogData, alone: bool) -> dict[str, list[Line]]:
         panels = {"gradient norm": norms, "threshold": bounds, "share clipped": shares}
         return {**panels, "loss": losses}
     dots = np.where(is_clipped[rows], norm, np.nan)
-    if is_clipped.any():
-        bounds.append(Line("clipped step", step, dots, CLIPPED, ""))
+    bounds.append(Line("clipped step", step, dots, CLIPPED, ""))
     if data.skipped.any():
         shares.append(Line("share skipped", *_shares(data, data.skipped), BAD, ":"))
     scale = Line(

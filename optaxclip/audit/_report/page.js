@@ -137,8 +137,9 @@
     const bound = { label: "threshold", hue: 6, dash: 1, width: 2, rough: true };
     const norm = lines("norm", set.logNorm, { label: "norm before clipping", hue: 0 });
     const list = [];
-    const add = (title, all, more = {}) =>
-      list.push({ title, lines: all, height: 120, ...more });
+    const drawn = (line) => line.values.some((v) => v !== null);
+    const add = (title, all, more = {}) => list.push({ title, height: 120, ...more,
+      lines: more.again || !all.some(drawn) ? all : all.filter(drawn) });
     if (alone) {
       const [run] = runs;
       const clipped = norm[0].values.map((v, i) => (run.action[i] & 1 ? v : null));
