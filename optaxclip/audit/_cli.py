@@ -5,7 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -15,8 +15,6 @@ import optaxclip
 from optaxclip.audit import _commands
 from optaxclip.audit._text import printable, shown
 from optaxclip.audit._what_if import SYNTAX, parse_rule
-
-_LOG = "a log, as optaxclip.audit.ClipLog wrote it"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,90 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="optaxclip", description="Shows what gradient clipping did in a run."
     )
-    parser.add_argument(
-        "--version", action="version", version=f"optaxclip {optaxclip.__version__}"
-    )
+    version = f"optaxclip {optaxclip.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    report = _command(
-        commands,
-        "report",
-        _commands.report_command,
-        "write the report, an HTML page",
-        "-o run.html",
-    )
-    report.add_argument(
-        "-o",
-        "--output",
-        metavar="PAGE",
-        help="the page to write; by default beside the log, run.html for run.jsonl",
-    )
-    report.add_argument("--title", help="the title of the page")
-    replay = _command(
-        commands,
-        "replay",
-        _commands.replay_command,
-        "show what other rules would have done with the norms of the run",
-        "--rule constant:1.0 --rule quantile:0.95,1000",
-    )
-    replay.add_argument(
-        "--rule",
-        action="append",
-        required=True,
-        type=_rule,
-        metavar="RULE",
-        dest="rules",
-        help=f"{SYNTAX}; may be given several times",
-    )
-    texts = [
-        replay,
-        _command(
-            commands,
-            "suggest",
-            _commands.suggest_command,
-            "propose thresholds and say why",
-        ),
-        _command(
-            commands,
-            "summary",
-            _commands.summary_command,
-            "say what stands out in the run",
-        ),
-    ]
-    for command in texts:
-        command.add_argument("--json", action="store_true", help="print JSON instead")
-    watch = _command(
-        commands,
-        "watch",
-        _commands.watch_command,
-        "follow a run that is still training",
-        "",
-    )
-    watch.add_argument(
-        "--every",
-        type=_seconds,
-        default=2.0,
-        metavar="SECONDS",
-        help="how long to wait between two looks at the log (default: 2 seconds)",
-    )
+    for name, (run, purpose, example, options) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
+            epilog=f"example: optaxclip {name} run.jsonl {example}".rstrip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=run)
+        for flags, settings in options.items():
+            command.add_argument(*flags.split(), **settings)
     return parser
-
-
-def _command(
-    commands: Any, name: str, run: Callable, purpose: str, options: str = ""
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name,
-        help=purpose,
-        description=f"{purpose[0].upper()}{purpose[1:]}.",
-        epilog=f"example: optaxclip {name} run.jsonl {options}".rstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(command=run)
-    if name == "watch":
-        command.add_argument("log", help=_LOG)
-    else:
-        command.add_argument("logs", nargs="+", metavar="log", help=_LOG)
-    return command
 
 
 def _seconds(text: str) -> float:
@@ -157,6 +86,71 @@ def _rule(text: str) -> tuple[str, optax.GradientTransformation]:
         return text, parse_rule(text)
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _every(seconds: float, of: str) -> dict[str, Any]:
+    text = f"how long to wait between two looks at the log{of} (default: {seconds:g})"
+    return {"type": _seconds, "default": seconds, "metavar": "SECONDS", "help": text}
+
+
+class _Command(NamedTuple):
+    run: Callable[[argparse.Namespace], str]
+    purpose: str
+    example: str  # of its options
+    options: dict[str, dict[str, Any]]  # by flags, as argparse takes them
+
+
+_LOG = {"help": "a log, as optaxclip.audit.ClipLog wrote it"}
+_LOGS = {"logs": {"nargs": "+", "metavar": "log", **_LOG}}
+_JSON = {"--json": {"action": "store_true", "help": "print JSON instead"}}
+_PAGE = "the page to write; by default beside the log, run.html for run.jsonl"
+_FOLLOW = "write the page again whenever the log has grown, until Ctrl-C"
+_RULE = f"{SYNTAX}; may be given several times"
+_COMMANDS = {
+    "report": _Command(
+        _commands.report_command,
+        "write the report, an HTML page",
+        "-o run.html",
+        {
+            **_LOGS,
+            "-o --output": {"metavar": "PAGE", "help": _PAGE},
+            "--title": {"help": "the title of the page"},
+            "--follow": {"action": "store_true", "help": _FOLLOW},
+            "--every": _every(30.0, ", with --follow"),
+        },
+    ),
+    "replay": _Command(
+        _commands.replay_command,
+        "show what other rules would have done with the norms of the run",
+        "--rule constant:1.0 --rule quantile:0.95,1000",
+        {
+            **_LOGS,
+            "--rule": {
+                **{"action": "append", "required": True, "type": _rule},
+                **{"metavar": "RULE", "dest": "rules", "help": _RULE},
+            },
+            **_JSON,
+        },
+    ),
+    "suggest": _Command(
+        _commands.suggest_command,
+        "propose thresholds and say why",
+        "",
+        _LOGS | _JSON,
+    ),
+    "summary": _Command(
+        _commands.summary_command,
+        "say what stands out in the run",
+        "",
+        _LOGS | _JSON,
+    ),
+    "watch": _Command(
+        _commands.watch_command,
+        "follow a run that is still training",
+        "",
+        {"log": _LOG, "--every": _every(2.0, "")},
+    ),
+}
 
 
 def _print(text: str) -> None:

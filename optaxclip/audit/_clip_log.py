@@ -72,4 +72,7 @@ class ClipLog(Writer):
         return f"{name}\n{_report.summary(self)}"
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
+        is_there = self._leaf_names is not None and self.path.exists()
+        if not is_there:
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        return _report.cell(self.read(), repr(self))

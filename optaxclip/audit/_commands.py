@@ -1,21 +1,22 @@
 """What the commands of the command line say."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shlex
-import textwrap
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from optaxclip.audit._log import LogData, read
-from optaxclip.audit._report import report, run_names, summary
+import jax
+
+from optaxclip.audit._log import Follower, LogData, read
+from optaxclip.audit._report import beside, report, run_names, summary
 from optaxclip.audit._text import count, finite_json, printable, shown
 from optaxclip.audit._what_if import compare, outcome, outcome_table, suggest
-
-_TOOLS = 'pip install "optaxclip[audit]"'
 
 
 class Failure(Exception):
@@ -24,37 +25,60 @@ class Failure(Exception):
 
 def report_command(args: argparse.Namespace) -> str:
     """Writes the page, and says where."""
-    logs = {name: _read(path) for name, path in run_names(args.logs).items()}
-    first = Path(args.logs[0])
-    several = len(args.logs) > 1
-    beside = first.with_name("report.html") if several else first.with_suffix(".html")
-    page = args.output or str(beside)
+    page = args.output or str(beside(list(map(Path, args.logs))))
     for log in args.logs:
-        if os.path.exists(page) and os.path.samefile(log, page):
+        if os.path.exists(log) and os.path.exists(page) and os.path.samefile(log, page):
             raise Failure(f"{page} is the log: name another file for the page")
-    try:
-        return f"Wrote {printable(str(report(logs, page, title=args.title)))}"
-    except ImportError as error:
-        raise Failure(f"the report needs {error.name}: {_TOOLS}") from None
-    except OSError as error:
-        raise Failure(reason(error, page)) from None
+    names = run_names(args.logs)
+    if args.follow:
+        _follow(names, page, args)
+    else:
+        _write({name: _read(path) for name, path in names.items()}, page, args)
+    return f"Wrote {printable(page)}"
+
+
+def _write(
+    logs: dict[str, LogData], page: str, args: argparse.Namespace, **more: Any
+) -> None:
+    with _needing("the report"):
+        try:
+            report(logs, page, title=args.title, **more)
+        except OSError as error:
+            raise Failure(reason(error, page)) from None
+
+
+def _follow(names: dict[str, str], page: str, args: argparse.Namespace) -> None:
+    """Writes the page again and again; the last one does not load itself again."""
+    followers = {name: Follower(path) for name, path in names.items()}
+    logs: dict[str, LogData] = {}
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            grown = False
+            for name, follower in followers.items():
+                with _failing(names[name]):
+                    data = follower.look()
+                if data is not None and len(data.step):
+                    logs[name], grown = data, True
+            if grown:
+                _write(logs, page, args, refresh=args.every)
+                jax.clear_caches()  # of replays of a log of this length
+            time.sleep(args.every)
+    if not logs:
+        raise Failure(f"{next(iter(names.values()))}: the log has no steps yet.")
+    _write(logs, page, args)
 
 
 def watch_command(args: argparse.Namespace) -> str:
     """Follows a run, until it is told to stop."""
-    try:
+    with _needing("watch"), _failing(args.log):
         from optaxclip.audit._watch import watch
-    except ImportError as error:
-        raise Failure(f"watch needs {error.name}: {_TOOLS}") from None
-    try:
+
         watch(args.log, args.every)
-    except OSError as error:
-        raise Failure(reason(error, args.log)) from None
-    except ValueError as error:
-        raise Failure(_without_call(str(error))) from None
     return ""
 
 
+# What becomes of numbers that are too large depends on where they stand.
+_TOO_LARGE = (MemoryError, OverflowError, RuntimeError, TypeError, ValueError)
 Said = tuple[dict[str, Any], str]  # for --json, and for a person
 
 
@@ -78,14 +102,7 @@ def replay_command(args: argparse.Namespace) -> str:
         for text, rule in args.rules:
             try:
                 outcomes += compare({text: rule}, data)
-            # What becomes of numbers that are too large depends on where they stand.
-            except (
-                MemoryError,
-                OverflowError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:
+            except _TOO_LARGE as error:
                 message = f"the rule {text} cannot be replayed: {error}"
                 raise Failure(message) from None
         found = [outcome._asdict() for outcome in outcomes]
@@ -100,19 +117,16 @@ def suggest_command(args: argparse.Namespace) -> str:
 
     def say(path: str, data: LogData) -> Said:
         try:
-            fixed, percentile, remarks = suggest(data)
+            suggested = suggest(data)
         except ValueError as error:
             raise Failure(f"{path}: {error}") from None
-        lines = []
-        for suggestion in (fixed, percentile):
-            lines += [suggestion.setting, _indented(suggestion.reason)]
-        if cautions := [*remarks, *_gaps(data)]:
-            lines += ["Caution:", *map(_indented, cautions)]
+        fixed, percentile, remarks = suggested
         log, rules = printable(shlex.quote(path)), (fixed.rule, percentile.rule)
         options = " ".join(f"--rule {rule}" for rule in rules)
-        lines.append(f"Try: optaxclip replay {log} {options}")
+        text = suggested._replace(remarks=(*remarks, *_gaps(data)))
         parts = {"fixed": fixed._asdict(), "percentile": percentile._asdict()}
-        return {**parts, "remarks": remarks}, "\n".join(lines)
+        said = f"{text}\nTry: optaxclip replay {log} {options}"
+        return {**parts, "remarks": remarks}, said
 
     return _each(args, say)
 
@@ -134,15 +148,32 @@ def summary_command(args: argparse.Namespace) -> str:
 
 
 def _read(path: str) -> LogData:
-    try:
+    with _failing(path):
         data = read(path)
+    if not len(data.step):
+        raise Failure(f"{path}: the log has no steps yet.")
+    return data
+
+
+@contextlib.contextmanager
+def _failing(path: str) -> Iterator[None]:
+    """Within it, what `read` raises is a `Failure`."""
+    try:
+        yield
     except OSError as error:
         raise Failure(reason(error, path)) from None
     except ValueError as error:
         raise Failure(_without_call(str(error))) from None
-    if not len(data.step):
-        raise Failure(f"{path}: the log has no steps yet.")
-    return data
+
+
+@contextlib.contextmanager
+def _needing(who: str) -> Iterator[None]:
+    """Within it, a library that is not installed is a `Failure`."""
+    try:
+        yield
+    except ImportError as error:
+        tools = 'pip install "optaxclip[audit]"'
+        raise Failure(f"{who} needs {error.name}: {tools}") from None
 
 
 def reason(error: OSError, path: str | Path) -> str:
@@ -156,12 +187,8 @@ def _without_call(message: str) -> str:
 
 
 def _gaps(data: LogData) -> list[str]:
-    lost = sum(last - first + 1 for first, last in data.missed)
-    return [f"{count(lost, 'step')} missing from the log."] if lost else []
-
-
-def _indented(text: str) -> str:
-    return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="  ")
+    lost = count(data.missing, "step")
+    return [f"{lost} missing from the log."] if data.missing else []
 
 
 def _json(value: Any) -> str:

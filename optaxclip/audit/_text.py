@@ -1,6 +1,7 @@
 """How numbers read, and names."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,17 @@ def steps(numbers: Sequence[int] | np.ndarray, most: int = 6) -> str:
         texts = [*texts[:3], "…", *texts[-2:]]
     all_of_them = f" ({len(numbers):,} in all)" if len(numbers) > most else ""
     return f"step{'' if len(numbers) == 1 else 's'} {', '.join(texts)}{all_of_them}"
+
+
+def gaps(missed: Sequence[tuple[int, int]], most: int = 3) -> str:
+    """`7 to 9, 20 to 20 and more`: the first of some gaps."""
+    first = ", ".join(f"{start} to {end}" for start, end in missed[:most])
+    return f"{first} and more" if len(missed) > most else first
+
+
+def indented(paragraph: str) -> str:
+    """A paragraph in lines of at most 80 characters, a bit to the right."""
+    return textwrap.fill(paragraph, 80, initial_indent="  ", subsequent_indent="  ")
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -86,20 +86,19 @@ def view(path: str, data: LogData | None, width: int) -> RenderableType:
 
 
 def _numbers(data: LogData) -> Text:
-    last = {name: text.number(float(getattr(data, name)[-1])) for name in _SHOWN}
+    names = ["norm", "threshold", "scale"]
+    names += [] if np.isnan(data.loss).all() else ["loss"]
+    last = [f"{name} {text.number(float(getattr(data, name)[-1]))}" for name in names]
     clipped, bad = stats.clipped(data), ~np.isfinite(data.norm)
+    recent = clipped[-AROUND:]
     lines = [
-        f"step {data.step[-1]}   "
-        + "   ".join(f"{name} {value}" for name, value in last.items()),
-        f"clipped: {text.share(float(clipped[-AROUND:].mean()))} of the last "
-        f"{min(AROUND, len(clipped))} steps, {text.share(float(clipped.mean()))} of "
+        "   ".join([f"step {data.step[-1]}", *last]),
+        f"clipped: {text.share(float(recent.mean()))} of the last "
+        f"{text.count(len(recent), 'step')}, {text.share(float(clipped.mean()))} of "
         f"all {len(clipped):,}",
         f"skipped: {data.skipped.sum():,}   NaN or infinite norm: {bad.sum():,}",
     ]
     return Text("\n".join(lines))
-
-
-_SHOWN = ("norm", "threshold", "scale", "loss")
 
 
 def chart(data: LogData, columns: int) -> Text:
@@ -145,7 +144,6 @@ def _events(data: LogData) -> RenderableType:
         cells = (f"step {e.step}", *numbers, e.action, text.shown(e.leaf, 26))
         table.add_row(*map(Text, cells))
     if not len(rows):
-        return Text(
-            f"No spike, NaN or infinity in the last {len(recent.step):,} steps."
-        )
+        last = text.count(len(recent.step), "step")
+        return Text(f"No spike, NaN or infinity in the last {last}.")
     return table

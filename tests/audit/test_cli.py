@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -157,9 +158,39 @@ def test_a_report_of_several_logs(capsys, monkeypatch, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "<h3>a</h3>" in page
     assert "<h3>b</h3>" in page
-    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
     assert _cli.main(["report", str(paths[0])]) == 0
     assert (tmp_path / "a.html").exists()
+
+
+def test_a_report_that_follows_a_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
+    monkeypatch.setattr(page_module.stills, "image", lambda _: "")
+    path, page = logs.write(tmp_path / "run.jsonl", []), tmp_path / "run.html"
+    seen = []  # the number of steps on the page, at each pause
+
+    def sleep(seconds):
+        assert seconds == 7
+        text = page.read_text() if page.exists() else ""
+        assert ('http-equiv="refresh" content="7"' in text) == bool(text)
+        seen.append(int(re.search(r'"steps": (\d+)', text)[1]) if text else 0)
+        if len(seen) == 2:
+            page.unlink()  # nothing new, so it is not written again
+        elif len(seen) == 5:
+            raise KeyboardInterrupt
+        else:
+            with path.open("a") as file:
+                file.write(json.dumps(logs.row(len(seen), 1.0)) + "\n")
+
+    monkeypatch.setattr(_commands.time, "sleep", sleep)
+    argv = ["report", str(path), "--follow", "--every", "7"]
+    assert _cli.main(argv) == 0
+    assert seen == [0, 1, 0, 2, 3]
+    assert capsys.readouterr().out == f"Wrote {page}\n"
+    assert 'http-equiv="refresh"' not in page.read_text()
+    assert '"steps": 3' in page.read_text()
+    path.write_text("no log\n")
+    assert "line 1: this is no optaxclip log" in failed(capsys, argv)
 
 
 def test_skipped_steps_do_not_count_as_clipped(capsys, tmp_path):
@@ -564,7 +595,7 @@ EXTREMES = {
 def test_numbers_of_float64_never_end_in_a_traceback(
     capsys, monkeypatch, tmp_path, name
 ):
-    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])  # `replay` does below
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
     changes = EXTREMES[name]
     leaves = ("a", "b", "c") if "leaf_norms" in changes else ()
     rows = [
@@ -596,7 +627,7 @@ HEADS = [
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_a_first_line_of_other_types(capsys, monkeypatch, tmp_path, head):
-    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
     monkeypatch.setattr(page_module.stills, "image", lambda _: "")
     rows = [logs.row(i, 1.0) for i in range(3)]
     path = logs.write(tmp_path / "run.jsonl", rows, **head)

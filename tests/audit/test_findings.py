@@ -16,7 +16,7 @@ from optaxclip.audit._report import statistics as stats
 EXPECTED = {
     "healthy": (
         ["[fine] The run looks healthy"],
-        "Every norm was finite and none was a spike. Of 400 steps, ",
+        "Every norm was finite, and none after the first 10 was a spike. Of 400 steps,",
     ),
     "spikes held": (
         ["[notice] 3 spikes, all clipped"],
@@ -74,7 +74,7 @@ def test_a_run_is_known_by_its_findings(name, tmp_path, monkeypatch):
     assert detail in found[0].detail
     assert str(summary(data)).splitlines()[1].startswith(f"{titles[0]}. ")
     assert stats.leaves_are_scaled(data) == (name == "float16")
-    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
     monkeypatch.setattr(page_module.stills, "image", lambda _: "<img alt='picture'>")
     page = report(data, tmp_path / "page.html").read_text()
     first = page.index('<li class="finding')
@@ -158,6 +158,19 @@ def test_a_parameter_that_leads_in_spikes_alone(tmp_path):
     leaves[:, 2] *= 2  # the largest in every step: nothing to tell
     data = dataclasses.replace(data, leaf_norms=leaves)
     assert "spikes come" not in str(summary(data))
+
+
+def test_a_large_norm_at_the_start_is_said_to_be_unjudged(tmp_path):
+    norms = np.where(np.arange(60) == 3, 90.0, 1.0)
+    remark = "and the largest 90, at step 3 (the first 10 norms never count as spikes)."
+    assert remark in summary(log(norms, tmp_path)).headline
+    assert "never count" not in summary(log(np.roll(norms, 20), tmp_path)).headline
+
+
+def test_a_parameter_that_dominates_comes_before_the_threshold(tmp_path):
+    data = log(np.full(60, 50.0), tmp_path, leaf_norms=[[50.0, 1.0, 1.0]] * 60)
+    titles = [finding.title for finding in summary(data).findings]
+    assert titles == ["One parameter dominates the norm", "Every step was clipped"]
 
 
 # -- NaN

@@ -75,10 +75,13 @@ def test_of_many_steps_the_first_and_the_last_are_told(tmp_path):
     assert finding.steps == tuple(bad)
 
 
+PRE = '<pre style="white-space: pre-wrap">'
+
+
 def test_a_log_draws_itself(path):
     data = read(path)
     html = data._repr_html_()
-    assert html.startswith("<pre>60 steps (0 to 59)")
+    assert html.startswith(PRE + "60 steps (0 to 59)")
     assert html.count("<img ") == 1
     axes = data.plot().axes
     assert [a.get_ylabel() for a in axes] == [
@@ -93,9 +96,30 @@ def test_a_log_draws_itself(path):
     assert [a.get_ylabel() for a in figure.axes] == [a.get_ylabel() for a in axes]
     assert repr(data) == "LogData(60 steps, 0 to 59)"
     none = dataclasses.replace(data, step=np.arange(0))
-    assert none._repr_html_() == "<pre>No steps yet.</pre>"
+    assert none._repr_html_() == f"{PRE}No steps yet.</pre>"
     with pytest.raises(ValueError, match="no steps yet"):
         none.plot()
+
+
+def test_a_log_that_is_written_draws_itself_too(path, tmp_path):
+    html = ClipLog(path)._repr_html_()
+    assert html.startswith(f"{PRE}ClipLog(&#x27;{path}&#x27;)\n60 steps (0 to 59)")
+    assert html.count("<img ") == 1
+    nothing = ClipLog(tmp_path / "new.jsonl")._repr_html_()
+    assert nothing.endswith("new.jsonl&#x27;): nothing written</pre>")
+
+
+def test_which_parameters_were_not_finite_at_a_step(tmp_path):
+    rows = [logs.row(i, 1.0, leaf_norms=[0.5, 1.0, 2.0]) for i in (3, 4, 6)]
+    rows[1]["leaf_norms"] = ["nan", 1.0, "inf"]
+    data = read(logs.write(tmp_path / "run.jsonl", rows, leaf_names=["a", "b", "c"]))
+    assert data.nonfinite_leaves(4) == ("a", "c")
+    assert data.nonfinite_leaves(6) == ()
+    for step in (2, 5, 7):
+        with pytest.raises(ValueError, match=f"must be a step of the log, got {step}"):
+            data.nonfinite_leaves(step)
+    with pytest.raises(ValueError, match="needs norms of parameters"):
+        dataclasses.replace(data, leaf_norms=None).nonfinite_leaves(4)
 
 
 def test_advice_knows_the_optimizer_of_a_log(path):

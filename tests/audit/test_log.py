@@ -28,7 +28,7 @@ from flax.training import train_state
 import optaxclip
 from optaxclip import History, HistoryState
 from optaxclip.audit import ClipLog, LogData, read
-from optaxclip.audit._log import reader as _reader
+from optaxclip.audit._log import lines as _lines
 
 FIELDS = ("norm", "threshold", "scale", "loss", "clipped", "skipped")
 
@@ -971,7 +971,7 @@ def test_checks_begin_with_a_run_and_do_not_end(path, bare, line, message):
 
 
 def test_damage_far_down_a_log_with_checks_is_located(path, monkeypatch):
-    monkeypatch.setattr(_reader, "_LINES_AT_ONCE", 3)
+    monkeypatch.setattr(_lines, "_AT_ONCE", 3)
     ClipLog(path).update(recorder(8))
     assert_run(read(path), 0, 0, 8)
     text = path.read_text()
@@ -1281,7 +1281,7 @@ def test_damage_is_located(tmp_path, content, line, reason):
 
 
 def test_damage_far_down_is_located(tmp_path, monkeypatch):
-    monkeypatch.setattr(_reader, "_LINES_AT_ONCE", 10)
+    monkeypatch.setattr(_lines, "_AT_ONCE", 10)
     rows = [row(step) for step in range(95)]
     path = write(tmp_path, HEAD, *rows, '{"rewound_to":90}', row(90), '{"torn":1}')
     assert read(path).step.tolist() == list(range(91))

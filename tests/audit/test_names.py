@@ -193,7 +193,7 @@ def parsed(path):
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_a_page_with_any_names(monkeypatch, tmp_path, leaf_names, text):
-    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])  # knows no names
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
     data = read(write(tmp_path / "run.jsonl", *leaf_names, text=text))
     page = parsed(report(data, tmp_path / "page.html", title=text))
     rows = dict(page.table("settings")[1])
@@ -213,7 +213,7 @@ def test_a_picture_with_any_names(leaf_names):
 
 
 def test_a_name_of_100_000_characters_makes_no_large_page(monkeypatch, tmp_path):
-    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
     name = f"first/{'x' * 100_000}"
     data = read(write(tmp_path / "run.jsonl", name, f"{name}/b", "c", text=name))
     path = report(data, tmp_path / "page.html", title=name)

@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     data = read(logs.long_run(folder / "run.jsonl", steps=1000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_module, "_replayed", lambda *_: [])
+        patch.setattr(page_module, "_alternatives", logs.no_alternatives)
         return data, report(data, folder / "page.html")
 
 
@@ -61,7 +61,7 @@ def opened(browser, path, width=1200, **options):
     yield page
     context.close()
     assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    assert {url for url in asked if not url.startswith("data:")} == {path.as_uri()}
 
 
 def plots(page):
@@ -225,6 +225,28 @@ def test_on_paper_the_still_picture_stands_for_the_plots(browser, run):
         assert page.evaluate(SEEN) == [True]
         assert not page.locator("#live").is_visible()
         assert page.pdf().startswith(b"%PDF")
+
+
+@pytest.mark.slow
+def test_a_page_of_a_run_that_goes_on_loads_itself_again(browser, run, tmp_path):
+    def write(title):
+        return report(run[0], tmp_path / "page.html", title=title, refresh=1)
+
+    title = "() => document.title === '{}'".format
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        opened(browser, write("first")) as page,
+    ):
+        patch.setattr(page_module, "_alternatives", logs.no_alternatives)
+        write("second")
+        page.wait_for_function(title("second"))
+        page.wait_for_selector(".panel canvas")
+        page.get_by_role("button", name="Zoom in").click()
+        write("third")
+        page.wait_for_timeout(2500)
+        assert page.title() == "second"  # not under the hands of a reader
+        page.get_by_role("button", name="All steps").click()
+        page.wait_for_function(title("third"))
 
 
 @pytest.mark.slow

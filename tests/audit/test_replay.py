@@ -202,6 +202,50 @@ def test_errors(call, message):
         call()
 
 
+CLIPS = {
+    "clip_by_global_norm": optaxclip.clip_by_global_norm(1.5),
+    "clip_by_percentile": optaxclip.clip_by_percentile(50, 20),
+    "zclip": optaxclip.zclip(warmup=5),
+    "none": optaxclip.clip_by_global_norm(np.inf),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.sample(1)
+def test_a_clip_is_replayed_by_its_rule(name):
+    norms, tx = series(), CLIPS[name]
+    update, state, expected = jax.jit(tx.update), tx.init(jnp.zeros(1)), []
+    for norm in norms:
+        _, state = update(jnp.array([norm]), state)
+        expected.append(state.clip_metrics[1:])
+    thresholds, scales = np.array(expected, np.float32).T
+    thresholds[thresholds == np.finfo(np.float32).max] = np.inf
+    replayed = replay(tx, norms)
+    np.testing.assert_allclose(replayed.thresholds, thresholds, rtol=1e-6)
+    np.testing.assert_allclose(replayed.scales, scales, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(1.0)),
+        optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1)),
+        optaxclip.clip_by_leaf_norm(1.0),
+    ],
+    ids=["skip", "optimizer", "clip of leaves"],
+)
+def test_what_holds_a_clip_but_has_not_one_threshold_is_refused(tx):
+    with pytest.raises(ValueError, match=r"must be a rule or a clip of the global no"):
+        replay(tx, [1.0, 2.0])
+    with pytest.raises(ValueError, match="pass the clip without the skip or the optim"):
+        compare({"a": tx}, [1.0, 2.0])
+
+
+def test_a_clip_of_the_global_norm_has_no_threshold_a_leaf():
+    with pytest.raises(ValueError, match=r"must have the shape \(steps,\) for a clip"):
+        replay(optaxclip.clip_by_global_norm(1.0), [[1.0, 2.0]])
+
+
 # -- compare
 
 
@@ -401,8 +445,24 @@ def test_a_drift_is_said_to_be_one():
 
 def test_zeros_and_steps_that_are_not_finite_are_left_out():
     norms = lognormal(500)
-    bad = np.concatenate([norms, [0, 0, np.nan, np.inf]])
-    assert suggest(bad) == suggest(norms.astype(np.float32))
+    bad = np.concatenate([norms, [0] * 500, [np.nan, np.inf]])
+    found, expected = suggest(bad), suggest(norms)
+    assert found.fixed.setting == expected.fixed.setting
+    assert found.remarks == expected.remarks
+    # A step of 0 is a step that was not clipped.
+    share = 50 * np.mean(norms > fixed_threshold(norms))
+    assert f"it clips {share:.1f}% of the steps" in found.fixed.reason
+
+
+def test_suggestions_print_as_text():
+    suggested = suggest(lognormal(500))
+    lines = str(suggested).splitlines()
+    assert repr(suggested) == str(suggested)
+    assert lines[0] == suggested.fixed.setting
+    assert max(map(len, lines)) <= 80
+    for part in (suggested.percentile.reason, "Caution:", *suggested.remarks):
+        assert part in " ".join(str(suggested).split())
+    assert "Caution" not in str(suggest(lognormal(2000)))
 
 
 def test_a_constant_series():

@@ -108,7 +108,7 @@ def long_run(tmp_path_factory):
 @pytest.fixture
 def no_replays(monkeypatch):
     """For tests of other things: compiling and drawing take nearly all the time."""
-    monkeypatch.setattr(page_module, "_replayed", lambda *_: [])
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
     monkeypatch.setattr(page_module.stills, "image", lambda _: "<img alt='picture'>")
 
 
@@ -452,3 +452,38 @@ def test_a_long_log_keeps_its_extremes_and_its_shares():
 )
 def test_stretches(flags, most, expected):
     assert stretches(np.array(flags, bool), most).tolist() == expected
+
+
+def test_a_restart_is_told_by_what_was_different(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "_alternatives", logs.no_alternatives)
+    monkeypatch.setattr(page_module.stills, "image", lambda _: "<img alt='picture'>")
+    first = {"started": "at noon", "versions": {"jax": "1", "optax": "2"}}
+    later = {"started": "at one", "versions": {"jax": "1", "optax": "3"}}
+    data = log([1.0] * 30, metadata={**first, "resumed": [later]}, restarts=(20,))
+    page = written(data, tmp_path)
+    assert dict(page.table("settings")[1]) == {
+        "started": "at noon",
+        "versions: jax": "1",
+        "versions: optax": "2",
+        "resumed 1: started": "at one",
+        "resumed 1: versions: optax": "3",
+    }
+    assert dict(page.table("numbers")[1])["restarts"] == "1 (step 20)"
+    both = written({"a": data, "b": log([1.0] * 30, metadata=first)}, tmp_path)
+    rows = [row[0] for row in both.table("differences")[1]]
+    assert rows == ["restarts"]
+
+
+def test_a_parameter_without_a_gradient_in_most_steps_is_among_the_largest():
+    norms = np.tile([[1.0, 0.5, 0.0]], (60, 1))
+    norms[[20, 40], 2] = 90.0
+    data = log(norms.max(axis=1), leaf_names=("a", "b", "c"), leaf_norms=norms)
+    assert payload(data, "")["leaves"] == ["c", "a", "b"]
+
+
+def test_a_value_between_two_gaps_has_a_dot():
+    norms = np.zeros((200, 1))
+    norms[50] = 90.0
+    data = log(np.ones(200), leaf_names=("a",), leaf_norms=norms)
+    norm, *_, leaf = [axes.lines[0] for axes in data.plot().axes]
+    assert (norm.get_marker(), leaf.get_markevery()) == ("None", [50])

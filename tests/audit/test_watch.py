@@ -53,6 +53,11 @@ def test_a_follower_reads_what_is_new(tmp_path):
     assert (data.step[-1], data.rewritten) == (55, expected.rewritten)
     logs.write(path, rows(0, 3))  # begun anew
     assert len(follower.look().step) == 3
+    other = logs.write(tmp_path / "other.jsonl", rows(0, 90, 7.0))
+    other.replace(path)  # by a longer one
+    assert follower.look().norm.tolist() == [7.0] * 90
+    logs.write(path, rows(0, 3))
+    follower.look()
     append(path, [{"step": "x"}])
     with pytest.raises(ValueError, match=r"run\.jsonl, line 5: "):
         follower.look()
@@ -95,6 +100,7 @@ def test_the_chart_has_the_largest_norm_of_each_stretch(tmp_path):
 def test_runs_of_one_norm(tmp_path, norm):
     path = logs.write(tmp_path / "run.jsonl", [logs.row(i, norm) for i in range(9)])
     assert "step 8" in shown(path)
+    assert ("loss" in shown(path), "the last 9 steps, " in shown(path)) == (False, True)
     assert "No steps yet." in shown(logs.write(tmp_path / "none.jsonl", []))
 
 

@@ -37,6 +37,30 @@ class LogData:
     unsure_before: int = 0  # earlier rows may be of steps repeated since
     restarts: tuple[int, ...] = ()  # the first step that each later process wrote
 
+    @property
+    def missing(self) -> int:
+        """How many steps are missing: those of all gaps."""
+        return sum(last - first + 1 for first, last in self.missed)
+
+    def nonfinite_leaves(self, step: int) -> tuple[str, ...]:
+        """The parameters whose gradient had a norm of NaN or infinity at a step.
+
+        Raises:
+          ValueError: the log does not have the step, or no norms of parameters
+            (``record_history(leaf_norms=True)`` records them).
+        """
+        call = "`LogData.nonfinite_leaves(step=...)`"
+        if self.leaf_norms is None:
+            raise ValueError(
+                f"{call} needs norms of parameters, which the log does not have: "
+                "record them by `record_history(leaf_norms=True)`."
+            )
+        row = np.searchsorted(self.step, step)
+        if step not in self.step[row : row + 1]:
+            raise ValueError(f"{call} must be a step of the log, got {step!r}.")
+        bad = np.flatnonzero(~np.isfinite(self.leaf_norms[row]))
+        return tuple(self.leaf_names[leaf] for leaf in bad)
+
     def plot(self) -> "Figure":
         """Norm, threshold, scale, loss and share of clipped steps, over the steps.
 

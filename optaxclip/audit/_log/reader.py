@@ -1,22 +1,19 @@
 """Reading a log: JSON Lines, of which the last may be torn and none is damaged."""
 
+import contextlib
 import errno
-import json
 import os
-import reprlib
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from optaxclip.audit._log.check import Damage, is_cut_off, verified
+from optaxclip.audit._log.check import Damage, is_cut_off
 from optaxclip.audit._log.data import LogData
-from optaxclip.audit._log.head import FORMAT, HEAD
-from optaxclip.audit._log.markers import MARKERS, is_metadata
-from optaxclip.audit._log.reading import NO_JSON, Reading
+from optaxclip.audit._log.lines import Lines
+from optaxclip.audit._log.markers import MARKERS
 from optaxclip.audit._text import shown
 
-# Parsed as one JSON array, twice as fast as line by line; not all at once, for memory.
-_LINES_AT_ONCE = 20_000
 _STARTS = tuple(f'{{"{name}":' for name in ("step", *MARKERS))
 
 
@@ -91,44 +88,18 @@ def parse(content: bytes, path: str | os.PathLike[str]) -> Parsed:
     if rest and not torn:
         lines.append(rest)
     end = len(whole) - (len(rest) if torn else 0)
+    log = Lines()
+    with naming(path):
+        log.add(lines)
+    return Parsed(log.data(torn), end, torn)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within it, `Damage` is an error that says where a log is damaged."""
     try:
-        checked = verified(lines[:1], False)
-        metadata = metadata_of(lines)
-        reading = Reading(len(metadata.get("leaf_names") or ()), checked)
-        for first in range(1, len(lines), _LINES_AT_ONCE):
-            reading.add(lines[first : first + _LINES_AT_ONCE], first)
+        yield
     except Damage as damage:
-        raise refusal(path, damage) from None
-    return Parsed(reading.finish(metadata, torn), end, torn)
-
-
-def refusal(path: str | os.PathLike[str], damage: Damage) -> ValueError:
-    """The error that says where a log is damaged."""
-    where = f"{shown(os.fspath(path), 1000)}, line {damage.place + 1}"
-    return ValueError(f"`read(path=...)`: {where}: {shown(damage, 400)}.")
-
-
-def metadata_of(lines: list[bytes]) -> dict[str, Any]:
-    """What the first line of a log says; `Damage` if it is none."""
-    if not lines:
-        raise Damage(0, "the file is empty")
-    try:
-        head = json.loads(lines[0].decode("latin-1"))
-    except NO_JSON:
-        head = None
-    if not isinstance(head, dict) or "optaxclip_log" not in head:
-        raise Damage(0, f"this is no optaxclip log, which begins with {HEAD}")
-    if b"\r" in lines[0]:
-        raise Damage(0, "the lines end in CR LF, those of a log in LF")
-    found = head["optaxclip_log"]
-    if type(found) is not int or found != FORMAT:
-        reason = f"the log has format {reprlib.repr(found)}, this reader knows {FORMAT}"
-        raise Damage(0, reason)
-    names = head.get("leaf_names") or []
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        found = reprlib.repr(names)
-        raise Damage(0, f"leaf_names must be a list of strings, got {found}")
-    if not is_metadata(head):
-        raise Damage(0, "it is nested too deeply")
-    head.pop("crc", None)
-    return head
+        where = f"{shown(os.fspath(path), 1000)}, line {damage.place + 1}"
+        message = f"`read(path=...)`: {where}: {shown(damage, 400)}."
+        raise ValueError(message) from None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from optaxclip import _checks
 from optaxclip.audit._log.check import is_cut_off, sealed
 from optaxclip.audit._log.data import LogData
 from optaxclip.audit._log.drain import LAST, Rows, drain, first_difference, to_json
@@ -35,9 +36,7 @@ class Writer:
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         if on_error not in ("warn", "raise"):
-            raise ValueError(
-                f'`ClipLog(on_error=...)` must be "warn" or "raise", got {on_error!r}.'
-            )
+            _checks.refused("ClipLog", "on_error", '"warn" or "raise"', on_error)
         self.path = Path(path)
         self.missed = 0
         self.unwritten = 0
@@ -110,7 +109,7 @@ class Writer:
         self._written = data
         self._next = int(data.step[-1]) + 1 if len(data.step) else 0
         self._leaf_names = data.leaf_names
-        self.missed = _missed(data)
+        self.missed = data.missing
         if not torn:
             self._lead = "" if content[: self._end].endswith(b"\n") else "\n"
         self._lead += line({"resumed": head(self._about, data.leaf_names)})
@@ -120,48 +119,33 @@ class Writer:
         # Of another size if others wrote to it, or removed it.
         if not self._opened or _size(self.path) != self._size:
             self._open()
-        start, text = self._next, ""
-        if rows.end < self._next:  # back behind what the last drain remembered
-            self._written = self.read()
-        if self._written is not None:
-            start = min(start, rows.end, first_difference(self._written, rows))
-        if start < self._next:
-            text += line({"rewound_to": start})
+        start = self._first_new(rows)
+        rewound, gap = start < self._next, max(0, rows.first - start)
+        # Its oldest row is another: those before may have been, too.
         unsure = start == rows.first and self._holds(start - 1, start)
-        if unsure:  # its oldest row is another: those before may have been, too
-            text += line({"unsure_before": start})
-        gap = max(0, rows.first - start)
-        if gap:
-            text += line({"missed": [start, rows.first - 1]})
+        markers = {
+            "rewound_to": start if rewound else None,
+            "unsure_before": start if unsure else None,
+            "missed": [start, rows.first - 1] if gap else None,
+        }
+        said = [line({key: at}) for key, at in markers.items() if at is not None]
         new = to_json(rows, start)
-        text += "".join(map(sealed, new))
-        if text:
+        if said or new:
+            text = "".join([*said, *map(sealed, new)])
             self._append(self._begin(rows.leaf_names) + text)
             self._leaf_names = rows.leaf_names
-        rewound = start < self._next
         self._next, self._written, self.unwritten = rows.end, rows, 0
         # The steps that the run repeats may include missed ones.
-        self.missed = _missed(self.read()) if rewound else self.missed + gap
-        if gap:
-            self._warn_of_gap(start, rows)
-        if rows.end == LAST:
-            self._warn_once(
-                "end",
-                f"`ClipLog.update`: the recorder has counted {LAST} steps and counts "
-                "no further: rows from here on are lost. Start a fresh recorder, with "
-                "a log of its own.",
-                stacklevel=4,
-            )
-        if unsure:
-            self._warn_once(
-                "unsure",
-                "`ClipLog.update`: the run went back to an earlier step, and the "
-                "recorder does not hold all steps since then. Rows before step "
-                f"{start} in {self.path} may be older than the steps that the run "
-                "repeated. Update the log right after restoring a checkpoint.",
-                stacklevel=4,
-            )
+        self.missed = self.read().missing if rewound else self.missed + gap
+        self._warn_of(rows, start, unsure)
         return len(new)
+
+    def _first_new(self, rows: Rows) -> int:
+        if rows.end < self._next:  # back behind what the last drain remembered
+            self._written = self.read()
+        if self._written is None:
+            return self._next
+        return min(self._next, rows.end, first_difference(self._written, rows))
 
     def _holds(self, *steps: int) -> bool:
         return self._written is not None and all(np.isin(steps, self._written.step))
@@ -188,14 +172,30 @@ class Writer:
         self._end += len(text)
         self._lead = ""
 
-    def _warn_of_gap(self, start: int, rows: Rows) -> None:
-        self._warn_once(
-            "gap",
-            f"`ClipLog.update`: steps {start} to {rows.first - 1} are missing in "
-            f"{self.path}: the recorder remembers {len(rows.step)}. Update the log "
-            "more often, or record a longer history. Further gaps are only counted.",
-            stacklevel=5,
-        )
+    def _warn_of(self, rows: Rows, start: int, unsure: bool) -> None:
+        if start < rows.first:
+            self._warn_once(
+                "gap",
+                f"`ClipLog.update`: steps {start} to {rows.first - 1} are missing in "
+                f"{self.path}: the recorder remembers {len(rows.step)}. Update the log "
+                "more often, or record a longer history. Further gaps are only "
+                "counted.",
+            )
+        if rows.end == LAST:
+            self._warn_once(
+                "end",
+                f"`ClipLog.update`: the recorder has counted {LAST} steps and counts "
+                "no further: rows from here on are lost. Start a fresh recorder, with "
+                "a log of its own.",
+            )
+        if unsure:
+            self._warn_once(
+                "unsure",
+                "`ClipLog.update`: the run went back to an earlier step, and the "
+                "recorder does not hold all steps since then. Rows before step "
+                f"{start} in {self.path} may be older than the steps that the run "
+                "repeated. Update the log right after restoring a checkpoint.",
+            )
 
     def _report(self, error: Exception) -> None:
         if self._on_error == "raise":
@@ -207,7 +207,7 @@ class Writer:
             stacklevel=4,
         )
 
-    def _warn_once(self, kind: str, message: str, stacklevel: int) -> None:
+    def _warn_once(self, kind: str, message: str, stacklevel: int = 5) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             text = shown(message, 2000)
@@ -216,10 +216,6 @@ class Writer:
 
 def _names(names: tuple[str, ...]) -> str:
     return shown(list(names), 500)
-
-
-def _missed(data: LogData) -> int:
-    return sum(last - first + 1 for first, last in data.missed)
 
 
 def _size(path: Path) -> int:

@@ -7,6 +7,7 @@ from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as statistics
 from optaxclip.audit._report.finding import Finding as Finding
 from optaxclip.audit._report.names import run_names as run_names
+from optaxclip.audit._report.report import beside as beside
 from optaxclip.audit._report.report import report as report
 from optaxclip.audit._report.summary import Summary as Summary
 from optaxclip.audit._report.summary import summary as summary
@@ -19,11 +20,15 @@ def plot(data: LogData) -> Any:
     return figures.plot({"": data})
 
 
-def cell(data: LogData) -> str:
-    """A log as the value of a notebook's cell: its summary, and its plot."""
-    words = f"<pre>{html.escape(str(summary(data)))}</pre>"
+def cell(data: LogData, words: str | None = None) -> str:
+    """A log as the value of a notebook's cell: words, by default its summary, and plot.
+
+    The lines of the words are as long as the page is wide.
+    """
+    told = html.escape(str(summary(data)) if words is None else words)
+    told = f'<pre style="white-space: pre-wrap">{told}</pre>'
     try:
         from optaxclip.audit._report.stills import image
     except ImportError:  # of Matplotlib
-        return words
-    return words + image({"": data}) if len(data.step) else words
+        return told
+    return told + image({"": data}) if len(data.step) else told

@@ -3,6 +3,7 @@
 import numpy as np
 
 from optaxclip.audit._log import LogData
+from optaxclip.audit._what_if import streaks
 
 
 def chosen_rows(data: LogData, groups: int) -> np.ndarray:
@@ -39,8 +40,7 @@ def is_bad(data: LogData) -> np.ndarray:
 
 def stretches(flags: np.ndarray, most: int = 500) -> np.ndarray:
     """First and last row of each run of true flags; the nearest are joined if many."""
-    edges = np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))
-    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
+    starts, ends = streaks(flags)
     if len(starts) > most:
         apart = np.sort(np.argsort(ends[:-1] - starts[1:])[: most - 1])  # widest first
         starts, ends = starts[np.append(0, apart + 1)], ends[np.append(apart, -1)]

@@ -19,26 +19,23 @@ NORM, THRESHOLD, CLIPPED, LOSS = "#0072B2", "#000000", "#E69F00", "#009E73"
 SKIPPED, BAD = "#B0B0B0", "#D55E00"
 COLORS = (NORM, BAD, LOSS, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 DASHES = ("-", "--", ":", "-.")
-LEAVES = len(COLORS)  # lines of parameters, at most
-PARAMETERS = "norm by parameter"
 GROUPS = 150  # of steps; of each some rows are drawn
 LIMIT = 1e100  # drawn at most; an axis cannot span all of float64
+PARAMETERS = "norm by parameter"
+HEIGHTS = {  # of the panels, by what stands beside their axes
+    **{"gradient norm": 2.4, "threshold": 1.0, "scale": 1.0, "share of steps": 1.0},
+    **{"share clipped": 1.0, "loss": 1.3, PARAMETERS: 2.0},
+}
 
 
-class Look(NamedTuple):
-    """How the lines of a run are told from those of the others."""
+class Line(NamedTuple):
+    """Values over steps, and how they look in the plot of one run."""
 
-    name: str  # empty if there are no others
-    color: str = NORM
-    dash: str = "-"
-
-    def of(self, what: str, color: str, dash: str = "-") -> dict[str, Any]:
-        """The style of a line, whose own color and dash count in a plot of one run."""
-        # A name is no formula, whatever dollars it has; an underscore would hide it.
-        name = text.shown(self.name, 34).replace("$", r"\$")
-        own = {"label": what, "c": color, "ls": dash, "lw": 0.9}
-        others = {"label": f"\u200a{name}", "c": self.color, "ls": self.dash, "lw": 1.1}
-        return others if name else own
+    label: str
+    steps: np.ndarray
+    values: np.ndarray  # NaN for a gap
+    color: str
+    dash: str = "-"  # "" for dots alone
 
 
 def plot(runs: Mapping[str, LogData]) -> Figure:
@@ -53,121 +50,137 @@ def plot(runs: Mapping[str, LogData]) -> Figure:
     for data in runs.values():
         stats.statistics(data)
     alone = len(runs) == 1
-    any_loss = any(np.isfinite(data.loss).any() for data in runs.values())
-    panels = {_norms: 2.4, (_scales if alone else _thresholds): 1.0, _shares: 1.0}
-    panels |= {_losses: 1.3} if any_loss else {}
-    panels |= {_leaves: 2.0} if alone and has_leaves(*runs.values()) else {}
-    figure = Figure((9.2, 1.3 * sum(panels.values())), layout="constrained")
-    ratios = [*panels.values()]
-    stack = figure.subplots(len(panels), sharex=True, height_ratios=ratios)
-    for i, (name, data) in enumerate(runs.items()):
-        rows = chosen_rows(data, GROUPS)
-        look = Look("" if alone else name, COLORS[i % 8], DASHES[i % 4])
-        for draw, axes in zip(panels, stack, strict=True):
-            draw(axes, data, rows, look)
-            if alone:
-                _mark_bad(axes, data, with_label=draw is _norms)
-    for axes in stack:
-        axes.grid(alpha=0.3, lw=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "frameon": False}
-        columns = 2 if axes.get_ylabel() == PARAMETERS else 4  # names may be long
-        axes.legend(fontsize="small", ncols=columns, **place)
-        axes.margins(x=0.01)
+    drawn = {name: _panels(data, alone) for name, data in runs.items()}
+    names = [name for name in HEIGHTS if any(map(_holding(name), drawn.values()))]
+    # The share of clipped steps is always known, so there is a panel.
+    heights = [HEIGHTS[name] for name in names]
+    figure = Figure((9.2, 1.3 * sum(heights)), layout="constrained")
+    axes_of_panels = figure.subplots(
+        len(names), sharex=True, squeeze=False, height_ratios=heights
+    )
+    stack = axes_of_panels[:, 0]
+    for name, axes in zip(names, stack, strict=True):
+        for i, (run, panels) in enumerate(drawn.items()):
+            for line in filter(_is_drawn, panels.get(name, [])):
+                others = line._replace(color=COLORS[i % 8], dash=DASHES[i % 4])
+                _draw(axes, line if alone else others._replace(label=_name(run)))
+        for data in runs.values() if alone else ():
+            _mark_bad(axes, data, with_label=axes is stack[0])
+        _finish(axes, name, [data.loss for data in runs.values()])
     stack[-1].set_xlabel("step")
     stack[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     stack[-1].ticklabel_format(axis="x", style="plain", useOffset=False)
     return figure
 
 
-def has_leaves(data: LogData) -> bool:
-    """Whether a log has norms of parameters."""
-    return data.leaf_norms is not None and bool(np.isfinite(data.leaf_norms).any())
+def _holding(name: str) -> Any:
+    return lambda panels: any(map(_is_drawn, panels.get(name, [])))
 
 
-def _norms(axes: Axes, data: LogData, rows: np.ndarray, look: Look) -> None:
-    step, norm = data.step[rows], _positive(data.norm[rows])
-    axes.plot(step, norm, **look.of("norm before clipping", NORM), **_dots(rows))
-    axes.set(yscale="log", ylabel="gradient norm")
-    if look.name:
-        return
-    bounds = _positive(data.threshold[rows])
-    axes.plot(step, bounds, **look.of("threshold", THRESHOLD, "--"))
-    clipped = stats.clipped(data)[rows]
-    if clipped.any():
-        style = {"ls": "", "marker": ".", "ms": 3.5, "c": CLIPPED}
-        axes.plot(step[clipped], norm[clipped], label="clipped step", **style)
+def _is_drawn(line: Line) -> bool:
+    return bool(np.isfinite(line.values).any())
 
 
-def _thresholds(axes: Axes, data: LogData, rows: np.ndarray, look: Look) -> None:
-    bounds = _positive(data.threshold[rows])
-    axes.plot(data.step[rows], bounds, **look.of("threshold", THRESHOLD))
-    axes.set(yscale="log", ylabel="threshold")
+def _panels(data: LogData, alone: bool) -> dict[str, list[Line]]:
+    rows = chosen_rows(data, GROUPS)
+    step, is_clipped = data.step[rows], stats.clipped(data)
+    norm, bound = _positive(data.norm[rows]), _positive(data.threshold[rows])
+    norms = [Line("norm before clipping", step, norm, NORM)]
+    bounds = [Line("threshold", step, bound, THRESHOLD, "--")]
+    shares = [Line("share clipped", *_shares(data, is_clipped), CLIPPED)]
+    losses = [Line("loss", step, _finite(data.loss[rows]), LOSS)]
+    if not alone:
+        panels = {"gradient norm": norms, "threshold": bounds, "share clipped": shares}
+        return {**panels, "loss": losses}
+    dots = np.where(is_clipped[rows], norm, np.nan)
+    bounds.append(Line("clipped step", step, dots, CLIPPED, ""))
+    if data.skipped.any():
+        shares.append(Line("share skipped", *_shares(data, data.skipped), BAD, ":"))
+    scale = Line(
+        "scale: what the clip multiplied the gradient by",
+        *(step, _finite(data.scale[rows]), NORM),
+    )
+    panels = {"gradient norm": norms + bounds, "scale": [scale]}
+    return {
+        **panels,
+        "share of steps": shares,
+        "loss": losses,
+        PARAMETERS: [*_leaves(data, rows)],
+    }
 
 
-def _scales(axes: Axes, data: LogData, rows: np.ndarray, look: Look) -> None:
-    scales = np.where(np.isfinite(data.scale[rows]), data.scale[rows], np.nan)
-    style = look.of("scale: what the clip multiplied the gradient by", NORM)
-    axes.plot(data.step[rows], scales, **style, **_dots(rows))
-    axes.set(ylabel="scale", ylim=(0, 1.05))
+def _leaves(data: LogData, rows: np.ndarray) -> list[Line]:
+    if data.leaf_norms is None:
+        return []
+    lines = []
+    for i, leaf in enumerate(stats.largest_leaves(data, len(COLORS))):
+        norms = _positive(data.leaf_norms[rows, leaf])
+        name = _name(data.leaf_names[leaf] or "-")
+        lines.append(Line(name, data.step[rows], norms, COLORS[i], DASHES[i % 4]))
+    return lines
 
 
-def _shares(axes: Axes, data: LogData, rows: np.ndarray, look: Look) -> None:
-    count = len(data.step)
-    groups = max(min(100, count // 20), 1)
+def _shares(data: LogData, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The steps in the middle of so many groups of rows, and the shares of flags."""
+    count = len(flags)
+    groups = max(min(100, count // 20), min(10, count))
     starts = np.arange(groups) * count // groups
     sizes = np.diff(np.append(starts, count))
-    middle = data.step[starts + sizes // 2]
-    parts = [(stats.clipped(data), look.of("share clipped", CLIPPED))]
-    if data.skipped.any() and not look.name:
-        parts.append((data.skipped, look.of("share skipped", BAD, ":")))
-    for flags, style in parts:
-        shares = np.add.reduceat(flags, starts, dtype=float) / sizes
-        axes.plot(middle, shares, **style)
-    axes.set(ylabel="share of steps" if not look.name else "share clipped")
-    top = max(float(np.max(line.get_ydata())) for line in axes.lines)
-    axes.set_ylim(0, 1.05 * top or 1.0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    shares = np.add.reduceat(flags, starts, dtype=float) / sizes
+    return data.step[starts + sizes // 2], shares
 
 
-def _losses(axes: Axes, data: LogData, rows: np.ndarray, look: Look) -> None:
-    losses = data.loss[rows]
-    losses = np.where(np.isfinite(losses), np.clip(losses, -LIMIT, LIMIT), np.nan)
-    axes.plot(data.step[rows], losses, **look.of("loss", LOSS), **_dots(rows))
-    if stats.spans_decades(data.loss):
+def _draw(axes: Axes, line: Line) -> None:
+    style = {"ls": line.dash, "lw": 0.9}
+    # A line shows nothing of a value between two gaps.
+    gap = np.concatenate([[True], np.isnan(line.values), [True]])
+    alone = np.flatnonzero(~gap[1:-1] & gap[:-2] & gap[2:]).tolist()
+    if not line.dash:
+        style |= {"marker": ".", "ms": 3.5}
+    elif len(line.values) < 100 or alone:
+        every = None if len(line.values) < 100 else alone
+        style |= {"marker": ".", "ms": 3, "markevery": every}
+    axes.plot(line.steps, line.values, c=line.color, label=line.label, **style)
+
+
+def _finish(axes: Axes, name: str, losses: list[np.ndarray]) -> None:
+    axes.set_ylabel(name)
+    axes.margins(x=0.01)
+    if name in ("gradient norm", "threshold", PARAMETERS):
         axes.set_yscale("log")
-    axes.set_ylabel("loss")
-
-
-def _leaves(axes: Axes, data: LogData, rows: np.ndarray, look: Look) -> None:
-    assert data.leaf_norms is not None
-    for i, leaf in enumerate(stats.largest_leaves(data, LEAVES)):
-        norms = _positive(data.leaf_norms[rows, leaf])
-        style = Look(data.leaf_names[leaf] or "-", COLORS[i], DASHES[i % 4])
-        axes.plot(data.step[rows], norms, **style.of("", NORM))
-    axes.set(yscale="log", ylabel=PARAMETERS)
+    if name == "loss" and any(map(stats.spans_decades, losses)):
+        axes.set_yscale("log")
+    if name == "scale":
+        axes.set_ylim(0, 1.05)
+    if name.startswith("share"):
+        top = max(float(np.max(line.get_ydata())) for line in axes.lines)
+        axes.set_ylim(0, 1.05 * top or 1.0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.grid(alpha=0.3, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "frameon": False}
+    columns = 2 if name == PARAMETERS else 4  # names may be long
+    axes.legend(fontsize="small", ncols=columns, **place)
 
 
 def _mark_bad(axes: Axes, data: LogData, with_label: bool) -> None:
     """Bands of steps, since a step without a norm has no height."""
     reached = ~np.isfinite(data.norm) & ~data.skipped
-    for flags, color, hatch, label in [
-        (data.skipped, SKIPPED, "", "skipped"),
-        (reached, BAD, "///", "NaN or infinite, not skipped"),
+    for flags, label, style in [
+        (data.skipped, "skipped", {"color": SKIPPED}),
+        (reached, "NaN or infinite, not skipped", {"color": BAD, "hatch": "///"}),
     ]:
-        steps = data.step[stretches(flags, 100)].tolist()
-        for first, last in steps:
-            axes.axvspan(
-                first - 0.5,
-                last + 0.5,
-                color=color,
-                alpha=0.35,
-                hatch=hatch,
-                zorder=0,
-                label=label if with_label else None,
-            )
-            label = None
+        for i, (first, last) in enumerate(data.step[stretches(flags, 100)].tolist()):
+            told = label if with_label and not i else None
+            ends = first - 0.5, last + 0.5
+            axes.axvspan(*ends, alpha=0.35, zorder=0, label=told, **style)
+
+
+def _name(name: str) -> str:
+    # A name is no formula, whatever dollars it has; an underscore would hide it.
+    shown = text.shown(name, 34).replace("$", r"\$")
+    return f"\u200a{shown}"
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
@@ -176,6 +189,5 @@ def _positive(values: np.ndarray) -> np.ndarray:
     return np.where(good, np.minimum(np.where(good, values, 1), LIMIT), np.nan)
 
 
-def _dots(rows: np.ndarray) -> dict[str, Any]:
-    """A finite step between two that are not would vanish from a line."""
-    return {"marker": ".", "ms": 3} if len(rows) < 100 else {}
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), np.clip(values, -LIMIT, LIMIT), np.nan)

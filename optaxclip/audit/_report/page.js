@@ -32,7 +32,7 @@
     return run;
   }
 
-  const { runs } = JSON.parse(at("payload").textContent);
+  const { runs, refresh } = JSON.parse(at("payload").textContent);
   await Promise.all(runs.map(unpack));
   const first = runs.reduce((a, r) => (BigInt(r.first) < a ? BigInt(r.first) : a),
     BigInt(runs[0].first));
@@ -75,6 +75,15 @@
   }
 
   // -- what is drawn
+  // The values between two gaps, of which a line shows nothing.
+  function isolated(u, s, show) {
+    const values = u.data[s], [from, to] = u.series[0].idxs, out = [];
+    for (let i = from; i <= to && !show; i++)
+      if (typeof values[i] === "number" && (i === 0 || values[i - 1] === null)
+        && (i + 1 === values.length || values[i + 1] === null)) out.push(i);
+    return show ? null : out;
+  }
+
   const drawable = (values, log) =>
     Array.from(values, (v) => (Number.isFinite(v) && (!log || v > 0) ? v : null));
 
@@ -90,12 +99,13 @@
     return out;
   }
 
-  // The share of flagged steps in each hundredth of what is seen, of 20 steps or more.
+  // The share of flagged steps in each hundredth of what is seen, of 20 steps or more;
+  // in each tenth of a short run.
   function shares(run, counts) {
     const last = run.steps, [from, to] = view;
     const lows = Math.max(before(run, from), 0), highs = before(run, to);
     const rows = highs > lows ? run.row[highs] - run.row[lows] : 0;
-    const parts = Math.max(1, Math.min(100, Math.floor(rows / 20)));
+    const parts = Math.max(Math.min(10, rows), Math.min(100, Math.floor(rows / 20)));
     const points = [[], []];
     for (let k = 0; k < parts && rows; k++) {
       const a = Math.max(before(run, from + ((to - from) * k) / parts), 0);
@@ -127,8 +137,9 @@
     const bound = { label: "threshold", hue: 6, dash: 1, width: 2, rough: true };
     const norm = lines("norm", set.logNorm, { label: "norm before clipping", hue: 0 });
     const list = [];
-    const add = (title, all, more = {}) =>
-      list.push({ title, lines: all, height: 120, ...more });
+    const drawn = (line) => line.values.some((v) => v !== null);
+    const add = (title, all, more = {}) => list.push({ title, height: 120, ...more,
+      lines: more.again || !all.some(drawn) ? all : all.filter(drawn) });
     if (alone) {
       const [run] = runs;
       const clipped = norm[0].values.map((v, i) => (run.action[i] & 1 ? v : null));
@@ -197,12 +208,13 @@
       ...(line.dots && { paths: () => null, points: { show: true, size: 4,
         fill: () => color(`--c${line.hue}`), width: 0 } }),
       ...(!line.dots && { points: { show: (u, s, from, to) => to - from < 100, size: 4,
-        fill: () => color(`--c${line.hue}`) } }),
+        ...(!line.spans && { filter: isolated }), fill: () => color(`--c${line.hue}`) } }),
     }));
     const axis = () => ({ stroke: () => color("--soft"), ticks: { show: false },
       grid: { stroke: () => color("--line"), width: 1 }, font: "12px system-ui" });
     const label = (v) => v === null || v === undefined ? ""
-      : panel.percent ? `${+(100 * v).toPrecision(3)}%` : number(v);
+      : panel.percent ? `${+(100 * v).toPrecision(3)}%`
+        : number(v).replace(/\.00e\+?/, "e");
     const least = (u, low, high) => low === null ? [0.1, 1]
       : panel.log ? [low / 1.15, high * 1.15]
         : panel.most || panel.percent ? [0, Math.max(high, panel.most || 0.01) * 1.05]
@@ -385,6 +397,10 @@
     `The page holds the ${runs[0].leaves.length} parameters with the largest norms; `
     + `${number(runs[0].moreLeaves)} more are in the log.`);
   at("notes").textContent = notes.join(" ");
+
+  // A page that is written again loads itself again, but not under a reader's hands.
+  const zoomed = () => view[1] - view[0] < whole[1] - whole[0];
+  if (refresh) setInterval(() => zoomed() || location.reload(), 1000 * refresh);
 
   at("live").hidden = false;
   document.documentElement.classList.add("live");

@@ -17,15 +17,7 @@ from optaxclip.audit._report import statistics as stats
 from optaxclip.audit._report import stills
 from optaxclip.audit._report.payload import payload
 from optaxclip.audit._report.summary import summary
-from optaxclip.audit._what_if import (
-    HEADER,
-    Suggestions,
-    cells,
-    compare,
-    outcome,
-    parse_rule,
-    suggest,
-)
+from optaxclip.audit._what_if import HEADER, advice, cells, outcome
 
 EVENTS = 20  # rows of a table of events, at most
 ALTERNATIVES = {
@@ -52,7 +44,7 @@ class Table(NamedTuple):
     goes_to_steps: bool = False
 
 
-def page(runs: Mapping[str, LogData], title: str) -> str:
+def page(runs: Mapping[str, LogData], title: str, refresh: float | None = None) -> str:
     """The page of one run, of which the name is empty, or of several by name."""
     # Everything that is put in is escaped; what does not print is shown as an escape.
     environment = jinja2.Environment(
@@ -75,7 +67,10 @@ def page(runs: Mapping[str, LogData], title: str) -> str:
         runs=[_run(i, name, data) for i, (name, data) in enumerate(runs.items())],
         lead=_lead(alone.metadata) if alone else [],
         still=stills.image(runs),
-        payload={"runs": [payload(data, name) for name, data in runs.items()]},
+        payload={
+            "runs": [payload(data, name) for name, data in runs.items()],
+            "refresh": refresh,
+        },
         scaled_leaves=any(map(stats.leaves_are_scaled, runs.values())),
         differences=None if alone else _differences(runs),
         alternatives=_alternatives(alone) if alone else None,
@@ -152,25 +147,20 @@ def _event(event: stats.Event) -> tuple[str, ...]:
 
 def _alternatives(data: LogData) -> dict[str, Any]:
     try:
-        suggestions = suggest(data)
+        suggestions, outcomes = advice(data, ALTERNATIVES)
     except ValueError:  # of norms that cannot be replayed either
         return {"table": None, "suggestions": None}
-    rows = _replayed(data, suggestions)
+    recorded = outcome("as recorded", data.norm, data.scale, data.clipped)
+    rows = [cells(row) for row in (recorded, *outcomes)]
     table = Table("replays", REPLAYED, HEADER, rows)
     return {"table": table, "suggestions": suggestions}
 
 
-def _replayed(data: LogData, suggestions: Suggestions) -> list[tuple[str, ...]]:
-    fixed, percentile, _ = suggestions
-    rules = {s.setting: s.rule for s in (fixed, percentile)} | ALTERNATIVES
-    outcomes = compare({name: parse_rule(rules[name]) for name in rules}, data)
-    recorded = outcome("as recorded", data.norm, data.scale, data.clipped)
-    return [cells(row) for row in (recorded, *outcomes)]
-
-
 def _record(data: LogData) -> list[Table]:
-    numbers, settings = _numbers(data).items(), _flat(data.metadata)
+    numbers, settings = _numbers(data).items(), _settings(data.metadata).items()
     said = "What the log says about the run."
+    if "resumed" in data.metadata:
+        said += " Of each restart (resumed), only what was different."
     return [
         Table("numbers", "The run in numbers.", ("what", "value"), [*numbers], (1,)),
         Table("settings", said, ("entry", "value"), [*settings], (1,)),
@@ -179,13 +169,14 @@ def _record(data: LogData) -> list[Table]:
 
 def _numbers(data: LogData) -> dict[str, str]:
     s = stats.statistics(data)
-    lost = sum(last - first + 1 for first, last in data.missed)
-    gaps = ", ".join(f"{first} to {last}" for first, last in data.missed[:EVENTS])
-    more = " and more" if len(data.missed) > EVENTS else ""
     losses = data.loss[np.isfinite(data.loss)]
+    restarts = len(data.restarts)
     return {
         "steps": f"{s.steps:,} ({s.first_step} to {s.last_step})",
-        "steps missed": f"{lost:,} ({gaps}{more})" if lost else "0",
+        "steps missed": f"{data.missing:,} ({text.gaps(data.missed, EVENTS)})"
+        if data.missed
+        else "0",
+        "restarts": f"{restarts:,} ({text.steps(data.restarts)})" if restarts else "0",
         "steps run again": f"{data.rewritten:,}",
         "torn lines dropped": f"{data.torn:,}",
         "unsure before step": f"{data.unsure_before:,}",
@@ -209,12 +200,10 @@ def _numbers(data: LogData) -> dict[str, str]:
 
 def _differences(runs: Mapping[str, LogData]) -> Table:
     """What differs between runs: numbers of all, and entries that are not the same."""
-    columns = [
-        _numbers(data)
-        | dict(_flat({k: v for k, v in data.metadata.items() if k != "leaf_names"}))
-        for data in runs.values()
-    ]
+    columns = [_numbers(data) | _settings(data.metadata) for data in runs.values()]
     names = list(dict.fromkeys(name for column in columns for name in column))
+    # Names of parameters are long, and restarts of one run have no counterpart.
+    names = [n for n in names if not n.startswith(("leaf_names", "resumed "))]
     rows = [(name, *(column.get(name, "-") for column in columns)) for name in names]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     same = len(names) - len(rows)
@@ -224,15 +213,27 @@ def _differences(runs: Mapping[str, LogData]) -> Table:
     return Table("differences", caption, ("what", *runs), rows, texts)
 
 
+def _settings(metadata: dict[str, Any]) -> dict[str, str]:
+    """Every entry of the first line; of those of a restart, the ones that differ."""
+    first = {key: value for key, value in metadata.items() if key != "resumed"}
+    settings, resumed = dict(_flat(first)), metadata.get("resumed", [])
+    if not isinstance(resumed, list) or not all(isinstance(x, dict) for x in resumed):
+        return dict(_flat(metadata))
+    for number, later in enumerate(resumed, 1):
+        settings |= {
+            f"resumed {number}: {name}": value
+            for name, value in _flat(later)
+            if settings.get(name) != value
+        }
+    return settings
+
+
 def _flat(metadata: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every entry with its text; a dict within counts as entries of its own."""
     for key, value in metadata.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{name}: ")
-        elif isinstance(value, list) and all(isinstance(x, dict) for x in value):
-            for number, inner in enumerate(value, 1):
-                yield from _flat(inner, f"{name} {number}: ")
         elif isinstance(value, list) and all(isinstance(x, str) for x in value):
             yield name, ", ".join(value)
         else:

@@ -36,12 +36,8 @@ def payload(data: LogData, name: str) -> dict[str, Any]:
     for i, leaf in enumerate(leaves):
         assert data.leaf_norms is not None
         columns[f"leaf{i}"] = ("f", data.leaf_norms[rows, leaf])
-    leaders: list[str] = []  # of all parameters, not of those alone that have a line
-    if data.leaf_norms is not None and len(leaves):
-        norms = np.nan_to_num(data.leaf_norms[rows], posinf=0)
-        used, which = np.unique(norms.argmax(axis=1), return_inverse=True)
-        leaders = [data.leaf_names[leaf] for leaf in used]
-        columns |= {"leader": ("u", which), "leaderNorm": ("f", norms.max(axis=1))}
+    leaders, led = _leaders(data, rows)
+    columns |= led
     bad = {
         i: stats.in_words(data, stats.nonfinite_leaves(data, row))
         for i, row in enumerate(rows)
@@ -65,6 +61,18 @@ def payload(data: LogData, name: str) -> dict[str, Any]:
         },
         "logLoss": stats.spans_decades(data.loss),
     }
+
+
+def _leaders(
+    data: LogData, rows: np.ndarray
+) -> tuple[list[str], dict[str, tuple[str, np.ndarray]]]:
+    """The largest of all parameters in each row: their names, and columns."""
+    if data.leaf_norms is None or not data.leaf_names:
+        return [], {}
+    norms = np.nan_to_num(data.leaf_norms[rows], posinf=0)
+    used, which = np.unique(norms.argmax(axis=1), return_inverse=True)
+    columns = {"leader": ("u", which), "leaderNorm": ("f", norms.max(axis=1))}
+    return [data.leaf_names[leaf] for leaf in used], columns
 
 
 def _before(flags: np.ndarray) -> np.ndarray:

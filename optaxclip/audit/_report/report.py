@@ -16,6 +16,7 @@ def report(
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
+    refresh: float | None = None,
 ) -> Path:
     """Writes a page about a run, or about several: words, then plots, then tables.
 
@@ -31,6 +32,8 @@ def report(
       path: The file; folders that are missing are made. By default it is beside the
         log: ``run.html`` for ``run.jsonl``, and ``report.html`` for several.
       title: The heading, "Gradient clipping report" if not given.
+      refresh: For a page that is written again and again: the number of seconds after
+        which a browser loads it again, unless its reader has zoomed in.
 
     Returns:
       The path.
@@ -63,7 +66,7 @@ def report(
     """
     logs = _by_name(data)
     paths = [Path(log) for log in logs.values() if not isinstance(log, LogData)]
-    target = Path(path) if path is not None else _beside(paths)
+    target = Path(path) if path is not None else beside(paths)
     if target.exists() and any(target.samefile(p) for p in paths if p.exists()):
         raise ValueError(
             f"`report(path=...)`: {target} is the log: name another file for the page."
@@ -78,7 +81,7 @@ def report(
     except ImportError as error:
         missing = f"`report()` needs {error.name}: install optaxclip[audit]."
         raise ImportError(missing, name=error.name) from error
-    return _written(target, page(runs, title or "Gradient clipping report"))
+    return _written(target, page(runs, title or "Gradient clipping report", refresh))
 
 
 def _by_name(data: Log | Sequence[Log] | Mapping[str, Log]) -> dict[str, Log]:
@@ -90,7 +93,8 @@ def _by_name(data: Log | Sequence[Log] | Mapping[str, Log]) -> dict[str, Log]:
     return logs if len(logs) > 1 else {"": next(iter(logs.values()))}
 
 
-def _beside(paths: list[Path]) -> Path:
+def beside(paths: list[Path]) -> Path:
+    """Where the page of logs stands if no place is given."""
     if not paths:
         raise ValueError("`report(path=...)` must be given for a log without a path.")
     if len(paths) > 1:

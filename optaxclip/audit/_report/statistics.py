@@ -194,11 +194,10 @@ def largest_leaf(data: LogData, row: int) -> str:
 
 
 def nonfinite_leaves(data: LogData, row: int) -> tuple[str, ...]:
-    """The leaves with a norm of NaN or infinity; none if not recorded."""
+    """The leaves that are not finite in a bad step; none if not recorded."""
     if data.leaf_norms is None or np.isfinite(data.norm[row]):
         return ()
-    bad = np.flatnonzero(~np.isfinite(data.leaf_norms[row]))
-    return tuple(data.leaf_names[leaf] for leaf in bad)
+    return data.nonfinite_leaves(data.step[row])
 
 
 def in_words(data: LogData, leaves: tuple[str, ...]) -> str:
@@ -220,9 +219,13 @@ def rows_of(data: LogData, rows: slice) -> LogData:
 
 
 def largest_leaves(data: LogData, most: int) -> np.ndarray:
-    """The leaves with the largest median norms, largest first."""
+    """The leaves with the largest norms, largest first: by the median of those above 0.
+
+    A leaf that has no gradient in most steps may make the spikes in the others.
+    """
     assert data.leaf_norms is not None
-    known = np.where(np.isfinite(data.leaf_norms), data.leaf_norms, np.nan)
+    known = np.isfinite(data.leaf_norms) & (data.leaf_norms > 0)
+    known = np.where(known, data.leaf_norms, np.nan)
     medians = np.nan_to_num(row_medians(known.T))
     return np.argsort(-medians, kind="stable")[:most]
 

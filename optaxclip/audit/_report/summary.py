@@ -3,6 +3,8 @@
 import os
 from typing import NamedTuple
 
+import numpy as np
+
 from optaxclip.audit import _text as text
 from optaxclip.audit._log import LogData, read
 from optaxclip.audit._report import bad_steps, bounds, outliers
@@ -17,11 +19,11 @@ CHECKS = (  # of the same level, the first comes first
     bad_steps.wasted,
     outliers.spikes,
     bad_steps.skipped,
+    outliers.dominating_leaf,
     bounds.over_clipping,
     bounds.under_clipping,
     bounds.rise,
     bounds.out_of_reach,
-    outliers.dominating_leaf,
     bad_steps.loss,
 )
 
@@ -88,18 +90,23 @@ def _headline(data: LogData) -> str:
     if s.nonfinite == s.steps:
         return counts
     rest = "Of the other steps, the" if s.nonfinite else "The"
+    early = data.step[np.isfinite(data.norm)][: stats.FEWEST]
+    unjudged = ""
+    if s.largest_norm_step in early and s.largest_norm >= stats.SPIKE * s.median_norm:
+        unjudged = f" (the first {stats.FEWEST} norms never count as spikes)"
     return (
         f"{counts} {rest} median norm was {text.number(s.median_norm)}, the 95th "
         f"percentile {text.number(s.p95_norm)}, and the largest "
-        f"{text.number(s.largest_norm)}, at step {s.largest_norm_step}. On average the "
-        f"clip multiplied the gradient by {text.number(s.mean_scale)} (the scale)."
+        f"{text.number(s.largest_norm)}, at step {s.largest_norm_step}{unjudged}. On "
+        f"average the clip multiplied the gradient by {text.number(s.mean_scale)} (the "
+        "scale)."
     )
 
 
 def _healthy(data: LogData) -> Finding:
     s = stats.statistics(data)
     detail = (
-        "Every norm was finite and none was a spike. "
+        f"Every norm was finite, and none after the first {stats.FEWEST} was a spike. "
         f"Of {text.count(s.steps, 'step')}, {s.clipped:,} "
         f"{'was' if s.clipped == 1 else 'were'} clipped and {s.skipped:,} skipped."
     )
@@ -112,10 +119,8 @@ def _healthy(data: LogData) -> Finding:
 def _record(data: LogData) -> list[Finding]:
     parts = []
     if data.missed:
-        lost = sum(last - first + 1 for first, last in data.missed)
-        gaps = ", ".join(f"{first} to {last}" for first, last in data.missed[:3])
-        more = " and more" if len(data.missed) > 3 else ""
-        parts.append(f"{text.count(lost, 'step')} missing: {gaps}{more}")
+        lost = text.count(data.missing, "step")
+        parts.append(f"{lost} missing: {text.gaps(data.missed)}")
     if data.unsure_before:
         parts.append(
             f"rows of steps before {data.unsure_before} may belong to a part of the "

@@ -95,39 +95,36 @@ def outcome(
     )
 
 
+def streaks(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last row of each run of true flags."""
+    edges = np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))
+    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
+
+
 def longest_streak(flags: np.ndarray) -> tuple[int, int]:
     """Start and length of the longest run of true flags; (0, 0) if none is true."""
-    edges = np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))
-    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    if not len(starts):
-        return 0, 0
-    longest = int(np.argmax(ends - starts))
-    return int(starts[longest]), int(ends[longest] - starts[longest])
+    first, last = streaks(flags)
+    lengths = last - first + 1
+    longest = int(np.argmax(lengths)) if len(lengths) else 0
+    return (int(first[longest]), int(lengths[longest])) if len(lengths) else (0, 0)
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
     """The outcomes as a table of plain text, a line a rule."""
     rows = [HEADER, *map(cells, outcomes)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
+    numbers = [
+        "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
         for row in rows
     ]
-    return "\n".join(lines)
+    return "\n".join(
+        f"{row[0]:{widths[0]}}{rest}" for row, rest in zip(rows, numbers, strict=True)
+    )
 
 
 HEADER = (
-    "rule",
-    "clipped",
-    "mean scale",
-    "largest passed",
-    "longest streak",
-    "recovers in",
+    *("rule", "clipped", "mean scale"),
+    *("largest passed", "longest streak", "recovers in"),
 )
 
 

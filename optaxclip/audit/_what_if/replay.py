@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from optaxclip._kernel import clip_scale, decide
-from optaxclip._thresholds import Rule, Threshold, as_rule
+from optaxclip._thresholds import Rule, Threshold
 from optaxclip.audit._log import LogData, read
+from optaxclip.audit._what_if.rule_of import rule_of
 
 Norms = np.ndarray | LogData | str | os.PathLike[str]  # or what NumPy makes an array of
 
@@ -42,7 +43,8 @@ def replay(rule: Threshold | Rule, norms: Norms) -> Replay:
 
     Args:
       rule: A number, an array, a schedule or a rule, as :func:`optaxclip.clip_by` takes
-        it. It starts with the memory that ``init`` gives it.
+        it; or a clip of the global norm, such as ``optaxclip.clip_by_percentile()``,
+        which stands for its rule. It starts with the memory that ``init`` gives it.
       norms: A log, as a path or as :func:`read` returns it; or an array of shape
         (steps,), or (steps, leaves), in which every leaf has a memory of its own. Taken
         as float32, the precision of clips of float32 and smaller leaves;
@@ -62,7 +64,8 @@ def replay(rule: Threshold | Rule, norms: Norms) -> Replay:
 
     Raises:
       ValueError: ``norms`` has no or more than two axes, or a negative element; or the
-        rule needs the norms of the parameters, which a log does not hold.
+        rule needs the norms of the parameters, which a log does not hold; or ``rule``
+        is a skip, an optimizer, or a clip of several norms.
 
     Example:
       >>> import optaxclip
@@ -83,11 +86,8 @@ def replay(rule: Threshold | Rule, norms: Norms) -> Replay:
     if not len(series):
         return Replay(series, series)
     with jax.default_device(_cpu()):
-        return Replay(
-            *map(
-                np.asarray, _scan(as_rule("replay", "rule", rule), jnp.asarray(series))
-            )
-        )
+        results = _scan(rule_of("replay", rule), jnp.asarray(series))
+        return Replay(*map(np.asarray, results))
 
 
 def checked(call: str, norms: Norms) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Rules written as text, for the command line: `quantile:0.95,1000*2`."""
 
 import ast
+import contextlib
 import inspect
 import math
 import re
@@ -10,6 +11,7 @@ import optax
 
 import optaxclip
 from optaxclip._show import chosen
+from optaxclip.audit._what_if.rule_of import rule_of
 
 RULES = ("constant", "quantile", "tracked_quantile", "zscore", "window_zscore", "ema")
 CLIPS = ("clip_by_global_norm", "clip_by_percentile", "autoclip", "zclip")
@@ -19,10 +21,7 @@ SYNTAX = (
     f"{', '.join(RULES + CLIPS)}, arguments numbers; *2 after it doubles the "
     "threshold, as in quantile:0.5,100*2"
 )
-_WORDS = {
-    **{"inf": math.inf, "nan": math.nan},
-    **{"true": True, "false": False},
-}
+_WORDS = {"inf": math.inf, "nan": math.nan, "true": True, "false": False}
 
 
 def parse_rule(text: str) -> optax.GradientTransformation:
@@ -98,16 +97,12 @@ def _named(text: str, call: str, keywords: list[ast.keyword]) -> dict[str, Any]:
 
 def _value(text: str, call: str, node: ast.expr) -> int | float | bool:
     """The number that a node spells: the only thing an argument can be."""
-    sign, number = 1, node
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        sign, number = -1 if isinstance(node.op, ast.USub) else 1, node.operand
-    value = number.value if isinstance(number, ast.Constant) else None
-    if isinstance(number, ast.Name):
-        value = _WORDS.get(number.id)
-    if isinstance(value, bool) and number is node:
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return sign * value
+    if isinstance(node, ast.Name) and node.id in _WORDS:
+        return _WORDS[node.id]
+    with contextlib.suppress(ValueError):
+        value = ast.literal_eval(node)
+        if isinstance(value, int | float):
+            return value
     source = ast.get_source_segment(call, node)
     raise ValueError(f"`{text}`: {source!r} is not a number.")
 
@@ -125,30 +120,7 @@ def _called(
         if not _is_number(signature.parameters[key]):
             raise ValueError(f"`{text}`: {key} takes no number, so it has no text.")
     made = function(*positional, **named)  # checks its arguments
-    if name in RULES:
-        return made
-    bound.apply_defaults()
-    return _rule_of(name, {key: chosen(x) for key, x in bound.arguments.items()})
-
-
-def _rule_of(name: str, arguments: dict[str, Any]) -> optax.GradientTransformation:
-    """The rule inside a clip."""
-    a = arguments
-    if name == "clip_by_global_norm":
-        return optaxclip.constant(a["max_norm"])
-    if name == "zclip":
-        rule = optaxclip.zscore(a["z_threshold"], a["decay"], a["warmup"])
-    else:
-        rule = optaxclip.quantile(
-            a["percentile"] / 100,
-            a["window"],
-            include_current=a.get("include_current", True),
-            min_count=a.get("min_count", 1),
-            ramp=min(a.get("ramp", 0), a["window"]),
-        )
-        rule = optax.chain(rule, optax.scale(a.get("factor", 1.0)))
-    cap = a["max_norm"]
-    return rule if cap is None else optaxclip.lowest(rule, cap)
+    return made if name in RULES else rule_of("parse_rule", made)
 
 
 def _takes(signature: inspect.Signature) -> str:

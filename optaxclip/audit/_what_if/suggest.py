@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from optaxclip.audit import _text as text
 from optaxclip.audit._log import LogData, read
-from optaxclip.audit._what_if.replay import Norms, checked, replay
+from optaxclip.audit._what_if.compare import Outcome, compare
+from optaxclip.audit._what_if.replay import Norms, checked
 from optaxclip.audit._what_if.rule_text import parse_rule
 
 SHORT = 100  # norms; fewer do not even end the ramp of the default
@@ -42,6 +44,16 @@ class Suggestions(NamedTuple):
     #: why not to trust them; empty if there is no such reason
     remarks: tuple[str, ...]
 
+    def __str__(self) -> str:
+        lines = []
+        for suggestion in (self.fixed, self.percentile):
+            lines += [suggestion.setting, text.indented(suggestion.reason)]
+        cautions = ["Caution:", *map(text.indented, self.remarks)]
+        return "\n".join(lines + cautions if self.remarks else lines)
+
+    def __repr__(self) -> str:
+        return str(self)
+
 
 def suggest(norms: Norms, optimizer: str = "") -> Suggestions:
     r"""Proposes a fixed threshold and one that adapts, from the norms of a run.
@@ -64,14 +76,15 @@ def suggest(norms: Norms, optimizer: str = "") -> Suggestions:
 
     Args:
       norms: A log, as a path or as :func:`read` returns it; or an array of shape
-        (steps,), before clipping. Zeros, NaN and infinity are left out.
+        (steps,), before clipping. NaN and infinity are left out, and so are zeros when
+        the median is taken.
       optimizer: A text that names the optimizer, such as ``"adamw"`` or
         ``"chain(clip, sgd)"``. By default, what the log says about it. The
         reason for the fixed threshold says what to expect with this optimizer. If
         the optimizer is unknown, it says what to expect with Adam and with SGD.
 
     Returns:
-      :class:`Suggestions`, each with its reason.
+      :class:`Suggestions`, each with its reason: print them, or take them apart.
 
     Raises:
       ValueError: no norm is finite and above 0, or one is negative.
@@ -91,17 +104,37 @@ def suggest(norms: Norms, optimizer: str = "") -> Suggestions:
       <https://arxiv.org/abs/1211.5063>`_, 2013, who found thresholds from half to ten
       times the average norm to work
     """
+    return advice(norms, {}, optimizer)[0]
+
+
+def advice(
+    norms: Norms, others: Mapping[str, str], optimizer: str = ""
+) -> tuple[Suggestions, tuple[Outcome, ...]]:
+    """What `suggest` says, and what its two settings and other rules would have done.
+
+    The others are texts of rules, by name; what is replayed is replayed once.
+    """
     if isinstance(norms, LogData | str | os.PathLike):
         norms = read(norms)
         optimizer = optimizer or _optimizer_of(norms)
     series = checked("suggest", norms).ravel()
-    series = series[np.isfinite(series) & (series > 0)]
-    if not len(series):
+    known = series[np.isfinite(series) & (series > 0)].astype(np.float64)
+    if not len(known):
         raise ValueError(
             "`suggest(norms=...)` must hold a finite norm above 0, got none."
         )
-    fixed = _fixed(series.astype(np.float64), optimizer.lower())
-    return Suggestions(fixed, _percentile(series), tuple(_remarks(series)))
+    threshold = float(f"{np.median(known):.2g}")
+    fixed = f"clip_by_global_norm({threshold})"
+    rules = {fixed: f"constant:{threshold}", ADAPTIVE: ADAPTIVE.removesuffix("()")}
+    texts = {**rules, **others}
+    outcomes = compare({name: parse_rule(texts[name]) for name in texts}, series)
+    of_fixed, of_adaptive, *_ = outcomes
+    suggestions = Suggestions(
+        Suggestion(fixed, rules[fixed], _fixed(of_fixed, optimizer.lower())),
+        Suggestion(ADAPTIVE, rules[ADAPTIVE], _adaptive(of_adaptive)),
+        tuple(_remarks(known)),
+    )
+    return suggestions, outcomes
 
 
 def _optimizer_of(data: LogData) -> str:
@@ -112,49 +145,35 @@ def _optimizer_of(data: LogData) -> str:
     return " ".join(x for x in told if isinstance(x, str))
 
 
-def _fixed(norms: np.ndarray, optimizer: str) -> Suggestion:
-    threshold = float(f"{np.median(norms):.2g}")
-    clipped = text.share(float(np.mean(norms > threshold)))
-    scale = float(np.mean(np.minimum(1, threshold / norms)))
+def _fixed(did: Outcome, optimizer: str) -> str:
     adam = (
         "An optimizer that divides by the size of the gradient, such as Adam, trains "
         "about as well with any smaller threshold, and worse with a larger one."
     )
     sgd = (
-        f"With SGD the clip multiplies steps by {scale:.2f} on average, so tune the "
-        "learning rate together with it; a threshold up to five times as large may "
-        "train faster."
+        f"With SGD the clip multiplies steps by {did.mean_scale:.2f} on average, so "
+        "tune the learning rate together with it; a threshold up to five times as "
+        "large may train faster."
     )
     advice = f"{adam} {sgd}"
     if re.search(_SCALE_FREE, optimizer):
         advice = adam
     elif re.search(_SCALED, optimizer):
         advice = sgd
-    return Suggestion(
-        setting=f"clip_by_global_norm({threshold})",
-        rule=f"constant:{threshold}",
-        reason=(
-            f"The median of the norms; it clips {clipped} of the steps of this run. "
-            "On eleven tasks the median was at most 1.9% worse than the best of "
-            f"nine fixed thresholds. {advice}"
-        ),
+    return (
+        f"The median of the norms; it clips {text.share(did.clipped_share)} of the "
+        "steps of this run. On eleven tasks the median was at most 1.9% worse than the "
+        f"best of nine fixed thresholds. {advice}"
     )
 
 
-def _percentile(norms: np.ndarray) -> Suggestion:
-    replayed = replay(parse_rule(ADAPTIVE), norms)
-    clipped = text.share(float(np.mean(replayed.scales < 1)))
-    return Suggestion(
-        setting=ADAPTIVE,
-        rule=ADAPTIVE.removesuffix("()"),
-        reason=(
-            "There is nothing to choose: the threshold is 1.5 times the 10th "
-            "percentile of the last 1,000 norms, and rises to that over the first 100 "
-            "steps. On eleven tasks it was at most 3.3% worse than the best of "
-            "nine fixed thresholds, and 0.2% on average. It would have clipped "
-            f"{clipped} of the steps of this run and multiplied them by "
-            f"{float(np.mean(replayed.scales)):.2f} on average."
-        ),
+def _adaptive(did: Outcome) -> str:
+    return (
+        "There is nothing to choose: the threshold is 1.5 times the 10th percentile of "
+        "the last 1,000 norms, and rises to that over the first 100 steps. On eleven "
+        "tasks it was at most 3.3% worse than the best of nine fixed thresholds, and "
+        f"0.2% on average. It would have clipped {text.share(did.clipped_share)} of "
+        f"the steps of this run and multiplied them by {did.mean_scale:.2f} on average."
     )
 
 

@@ -1,4 +1,4 @@
-"""The lines of a log, some at a time, as rows."""
+"""The lines of a log, taken some at a time, and the rows that they say."""
 
 import json
 from typing import Any, NoReturn
@@ -8,17 +8,21 @@ import numpy as np
 from optaxclip.audit._log.check import Damage, bodies, verified
 from optaxclip.audit._log.columns import columns
 from optaxclip.audit._log.data import LogData
+from optaxclip.audit._log.head import NO_JSON, metadata_of
 from optaxclip.audit._log.markers import refuse_no_marker
 
-NO_JSON = (ValueError, RecursionError)  # the latter of thousands of brackets
+# Parsed as one JSON array, twice as fast as line by line; not all at once, for memory.
+_AT_ONCE = 20_000
 
 
-class Reading:
-    """What was read so far; raises `Damage` with the place in all of the lines."""
+class Lines:
+    """What was read so far of a log."""
 
-    def __init__(self, leaves: int, checked: bool) -> None:
-        self.leaves = leaves
-        self.checked = checked  # whether lines have checks, as far as it was read
+    def __init__(self) -> None:
+        self.metadata: dict[str, Any] = {}
+        self.leaves = 0
+        self.checked = False  # whether lines have checks, as far as it was read
+        self.read = 0  # lines
         self.parts: list[dict[str, np.ndarray]] = []
         self.count = 0  # rows, with those that were replaced
         self.rewinds: list[tuple[int, int]] = []  # rows before it, and its step
@@ -26,26 +30,37 @@ class Reading:
         self.restarts: list[int] = []  # rows before each of them
         self.torn = self.unsure_before = 0
 
-    def add(self, lines: list[bytes], place: int) -> None:
-        """Takes some lines, of which the first has this place in the file."""
-        objects = self._objects(lines, place)
+    def add(self, lines: list[bytes]) -> None:
+        """Takes further lines; raises `Damage` with the place in all of them."""
+        if not self.read:
+            self.checked = verified(lines[:1], False)
+            self.metadata = metadata_of(lines)
+            self.leaves = len(self.metadata.get("leaf_names") or ())
+            self.read, lines = 1, lines[1:]
+        for first in range(0, len(lines), _AT_ONCE):
+            part = lines[first : first + _AT_ONCE]
+            self._add(part)
+            self.read += len(part)
+
+    def _add(self, lines: list[bytes]) -> None:
+        objects = self._objects(lines)
         try:
             rows = [item for item in objects if "step" in item]
             part = columns(rows, self.leaves)
         except (KeyError, OverflowError, TypeError, ValueError):
-            self._find_fault(objects, place)
+            self._find_fault(objects)
         if len(rows) < len(objects):
-            self._markers(objects, place)
+            self._markers(objects)
         self.parts.append(part)
         self.count += len(rows)
 
-    def _objects(self, lines: list[bytes], first: int) -> list[Any]:
+    def _objects(self, lines: list[bytes]) -> list[Any]:
         parts = bodies(lines) if self.checked else None
         if parts is None:
             try:
                 self.checked = verified(lines, self.checked)
             except Damage as damage:
-                raise Damage(first + damage.place, str(damage)) from None
+                raise Damage(self.read + damage.place, str(damage)) from None
         text = b",".join(lines) if parts is None else b"},".join(parts) + b"}"
         try:
             objects = json.loads(f"[{text.decode('latin-1')}]")  # rows are ASCII
@@ -53,10 +68,10 @@ class Reading:
                 return objects
         except NO_JSON:
             pass
-        return [_object(line, place) for place, line in enumerate(lines, first)]
+        return [_object(line, place) for place, line in enumerate(lines, self.read)]
 
-    def _find_fault(self, objects: list[Any], first: int) -> NoReturn:
-        for place, item in enumerate(objects, first):
+    def _find_fault(self, objects: list[Any]) -> NoReturn:
+        for place, item in enumerate(objects, self.read):
             if not isinstance(item, dict):
                 refuse_no_marker(item, place)
             try:
@@ -67,9 +82,9 @@ class Reading:
                 raise Damage(place, f"no row of a log: {error}") from None
         raise AssertionError("rows that are good one by one are good together")
 
-    def _markers(self, objects: list[Any], first: int) -> None:
+    def _markers(self, objects: list[Any]) -> None:
         rows = self.count
-        for place, item in enumerate(objects, first):
+        for place, item in enumerate(objects, self.read):
             if "step" in item:
                 rows += 1
                 continue
@@ -82,7 +97,7 @@ class Reading:
             self.torn += "torn" in item
             self.unsure_before = max(self.unsure_before, item.get("unsure_before", 0))
 
-    def finish(self, metadata: dict[str, Any], torn: bool) -> LogData:
+    def data(self, torn: bool = False) -> LogData:
         """All rows that still count, in the order of their steps."""
         parts = [*self.parts, columns([], self.leaves)]
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
@@ -94,8 +109,8 @@ class Reading:
         _, place = np.unique(rows["step"][last_first], return_index=True)
         rows = {name: column[last_first[place]] for name, column in rows.items()}
         return LogData(
-            metadata | ({"resumed": self.resumed} if self.resumed else {}),
-            leaf_names=tuple(metadata.get("leaf_names") or ()),
+            self.metadata | ({"resumed": self.resumed} if self.resumed else {}),
+            leaf_names=tuple(self.metadata.get("leaf_names") or ()),
             leaf_norms=rows.pop("leaf_norms") if self.leaves else None,
             missed=_gaps(rows["step"]),
             rewritten=self.count - len(place),
