@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 import optaxclip
+from optaxclip import contrib
 from study.task import Optimizer
 
 Wrap = Callable[[Optimizer], Optimizer]
@@ -43,6 +44,32 @@ NAMED: dict[str, Wrap] = {
     "adagc()": _before(optaxclip.adagc()),
     "adaptive_grad_clip(0.01)": _before(optaxclip.adaptive_grad_clip(0.01)),
     "skip_spikes()": optaxclip.skip_spikes,
+}
+
+# Rules from the literature and normalization, run after the default was chosen: with
+# their defaults or, where there are none, a constant of 1 or the median.
+LITERATURE: dict[str, Wrap] = {
+    "adagn()": _before(contrib.adagn()),
+    "limit_growth()": _before(contrib.limit_growth()),
+    "smooth_clip(1.0)": _before(contrib.smooth_clip(1.0)),
+    "clip_coordinate_spikes()": _before(contrib.clip_coordinate_spikes()),
+    "clippy()": lambda optimizer: optax.chain(optimizer, contrib.clippy()),
+    "with_error_feedback(clip_by_percentile())": _before(
+        contrib.with_error_feedback(optaxclip.clip_by_percentile())
+    ),
+    "clip_by(global_norm, sketched_quantile(0.5))": _before(
+        optaxclip.clip_by(optaxclip.global_norm, contrib.sketched_quantile(0.5))
+    ),
+    "clip_by(global_norm, 1.0, apply=normalize)": _before(
+        optaxclip.clip_by(optaxclip.global_norm, 1.0, apply=optaxclip.normalize)
+    ),
+    "clip_by(leaf_norm, 1.0, apply=normalize)": _before(
+        optaxclip.clip_by(optaxclip.leaf_norm, 1.0, apply=optaxclip.normalize)
+    ),
+    "smooth_clip(quantile(0.5, 1000, ramp=100))": _before(
+        contrib.smooth_clip(optaxclip.quantile(0.5, 1000, ramp=100))
+    ),
+    "clip_by_percentile(norm=subtree_norm)": _percentile(norm=optaxclip.subtree_norm),
 }
 
 # What the default was chosen from: multiples of a percentile of the last norms. On
@@ -84,9 +111,9 @@ VARIANTS: dict[str, Wrap] = {
 
 def clips() -> dict[str, Wrap]:
     """All but the constants, by name."""
-    return NAMED | VARIANTS
+    return NAMED | LITERATURE | VARIANTS
 
 
 def run_on(held_out: bool) -> list[str]:
     """The names of the clips that are run on a task."""
-    return list(NAMED if held_out else clips())
+    return list(NAMED | LITERATURE if held_out else clips())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import optaxclip
 from study.task import Optimizer, Task
@@ -55,7 +56,29 @@ def trainer(
     return run
 
 
+def switched(optimizers: Sequence[Optimizer], index: jax.Array) -> Optimizer:
+    """One of the optimizers, by its index, which may be traced."""
+    every = [optax.with_extra_args_support(optimizer) for optimizer in optimizers]
+
+    def init(params: Any) -> Any:
+        return tuple(optimizer.init(params) for optimizer in every)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        def branch(i: int) -> Callable[..., Any]:
+            def run(updates: Any, state: Any) -> Any:
+                updates, new = every[i].update(updates, state[i], params, **extra)
+                return updates, (*state[:i], new, *state[i + 1 :])
+
+            return run
+
+        branches = [branch(i) for i in range(len(every))]
+        return jax.lax.switch(index, branches, updates, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def _share(metrics: dict[str, jax.Array], steps: int) -> jax.Array:
     """The share of the steps that were clipped, or skipped where nothing clips."""
     clipped = [v for k, v in metrics.items() if k.endswith("clip_fraction")]
-    return clipped[0] if clipped else metrics["skip_count"] / steps
+    # Of several that `switched` holds, all but one have counted nothing.
+    return sum(clipped, jnp.zeros(())) if clipped else metrics["skip_count"] / steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from study.clips import DEFAULT, PER_PARAMETER
+from study.clips import DEFAULT, LITERATURE, PER_PARAMETER
 from study.regret import Regret, best, bootstrap, constants, regret, standard_error
 
 Record = Mapping[str, Any]  # of a task
@@ -26,7 +26,8 @@ constant train at that rate. A run that diverged counts as one that knows nothin
 `k x Pp of N, ramp R` is k times the p-th percentile of the last N norms, the current
 one included, and rises to that over the first R steps. The default was chosen on the
 tasks that are not held out; it and all rates were fixed before the first run of the
-others."""
+others. The rules from the literature were run later, with their defaults, and only on
+some tasks: a dash is a task that a rule was not run on."""
 
 
 def with_constants(record: Record) -> Record:
@@ -41,14 +42,20 @@ def tables(records: Mapping[str, Record]) -> list[tuple[str, list[Row], Row]]:
     chosen_on = {task: r for task, r in records.items() if not r["held_out"]}
     done = {task: with_constants(record) for task, record in records.items()}
     everywhere = set.intersection(*(set(r["clips"]) for r in done.values()))
+    everywhere -= set(LITERATURE)
     named = [clip for clip in next(iter(done.values()))["clips"] if clip in everywhere]
     made = [("Clips", regret_rows(records, named), regret_columns(records))]
     if chosen_on:
         first = next(iter(chosen_on.values()))
-        variants = [clip for clip in first["clips"] if clip not in everywhere]
+        apart = everywhere | set(LITERATURE)
+        variants = [clip for clip in first["clips"] if clip not in apart]
         names = [DEFAULT, *variants]
         rows = regret_rows(chosen_on, names) if variants else []
         made.append(("Variants of the default", rows, regret_columns(chosen_on)))
+    some = {task: r for task, r in records.items() if set(LITERATURE) & set(r["clips"])}
+    if some:
+        rows = literature_rows(some)
+        made.append(("Rules from the literature", rows, literature_columns(some)))
     made.append(("Tasks", task_rows(records), TASK_COLUMNS))
     return made
 
@@ -142,6 +149,55 @@ def regret_columns(records: Mapping[str, Record]) -> dict[str, str]:
         "clipped": "steps clipped",
         **tasks,
     }
+
+
+# What the rules from the literature are compared with.
+BESIDE = (DEFAULT, "constant, 1 x median", UNCLIPPED)
+
+
+def literature_rows(records: Mapping[str, Record]) -> list[Row]:
+    """A row per rule; a dash on a task that it was not run on."""
+    every = {task: with_constants(record) for task, record in records.items()}
+    rows = []
+    for clip in (*BESIDE, *LITERATURE):
+        run = {
+            t: regret(r, r["clips"][clip])
+            for t, r in every.items()
+            if clip in r["clips"]
+        }
+        if run:
+            shares = [r.share_clipped for r in run.values()]
+            clipped = f"{min(shares):.0%} to {max(shares):.0%}"
+            none = dict.fromkeys(every, "-")
+            rows.append({"clip": clip, "clipped": clipped, **none, **_cells(run)})
+    return rows
+
+
+def literature_columns(records: Mapping[str, Record]) -> dict[str, str]:
+    columns = regret_columns(records)
+    kept = ("clip", "clipped", *records)
+    return {key: columns[key] for key in kept}
+
+
+def literature(records: Mapping[str, Record]) -> str:
+    """The table of `docs/choosing.md`: regret in percent, and dashes."""
+    some = {
+        task: with_constants(r)
+        for task, r in records.items()
+        if set(LITERATURE) & set(r["clips"])
+    }
+    lines = ["| clip | " + " | ".join(some) + " |", "|---" * (len(some) + 1) + "|"]
+    for clip in (*BESIDE, *LITERATURE):
+        found = [
+            f"{regret(r, r['clips'][clip]).in_percent:+.1f}"
+            if clip in r["clips"]
+            else "-"
+            for r in some.values()
+        ]
+        if set(found) != {"-"}:
+            name = OFFERED.get(clip, f"`{clip}`")
+            lines.append(f"| {name} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
 
 
 # The rows of `docs/choosing.md`: what a user can write, and the tuned constant.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _checks
-from optaxclip._kernel import clip_scale, rescale
+from optaxclip._kernel import clamp, clip_scale, rescale
 from optaxclip._norms import AxisName, global_norm, split, unit_norm
 
 PyTree = Any
@@ -17,8 +17,9 @@ PyTree = Any
 
 def clip_cotangent(
     x: PyTree,
-    max_norm: jax.typing.ArrayLike,
+    max_norm: jax.typing.ArrayLike | None = None,
     *,
+    max_value: jax.typing.ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
     axis_name: AxisName = None,
 ) -> PyTree:
@@ -36,11 +37,15 @@ def clip_cotangent(
       x: Any pytree of arrays, such as an activation or a hidden state.
       max_norm: The largest norm :math:`c \ge 0`: a number or an array, traced or not,
         that broadcasts against the norms. Its own gradient is 0.
-      axis: The axes to sum over. None, the default, takes one norm over everything in
-        ``x``. With -1, every vector along the last axis is clipped by itself: for an
-        activation of shape (batch, time, features), every token of every example. With
-        ``(1, 2)``, every example.
-      axis_name: As in :func:`optaxclip.global_norm`.
+      max_value: Instead of a norm, the largest value :math:`v \ge 0` of an element,
+        :math:`\bar x_i = \min(\max(\bar y_i, -v), v)`, which broadcasts against every
+        array in ``x``. Complex elements are cut by modulus, an infinite real one
+        becomes :math:`\pm v`.
+      axis: For ``max_norm``, the axes to sum over. None, the default, takes one norm
+        over everything in ``x``. With -1, every vector along the last axis is clipped
+        by itself: for an activation of shape (batch, time, features), every token of
+        every example. With ``(1, 2)``, every example.
+      axis_name: For ``max_norm``, as in :func:`optaxclip.global_norm`.
 
     Returns:
       ``x``, unchanged. Norms are float32 (float64 for float64 arrays), and the gradient
@@ -55,8 +60,10 @@ def clip_cotangent(
       rule.
 
     Raises:
-      ValueError: ``max_norm`` is negative or not a number, as far as it is concrete;
-        or, when the gradient is taken, as :func:`optaxclip.unit_norm`.
+      ValueError: not one of ``max_norm`` and ``max_value`` is given, or it is negative
+        or not a number, as far as it is concrete; ``axis`` or ``axis_name`` is given
+        with ``max_value``; or, when the gradient is taken, as
+        :func:`optaxclip.unit_norm`.
 
     Example:
       >>> import jax
@@ -66,43 +73,73 @@ def clip_cotangent(
       ...     return 50 * jnp.sum(optaxclip.clip_cotangent(x, bound) ** 2)
       >>> print(jax.grad(loss)(jnp.array([3.0, 4.0]), 1.0))
       [0.6 0.8]
+      >>> def cut(x):
+      ...     return 50 * jnp.sum(optaxclip.clip_cotangent(x, max_value=1.0) ** 2)
+      >>> print(jax.grad(cut)(jnp.array([3.0, 0.004])))
+      [1.  0.4]
 
     References:
       Graves, `Generating sequences with recurrent neural networks
       <https://arxiv.org/abs/1308.0850>`_, 2013, which clips the derivatives at each
       time step of an LSTM, element by element
     """
-    _checks.non_negative("clip_cotangent", "max_norm", max_norm)
+    given = {"max_norm": max_norm, "max_value": max_value}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            "`clip_cotangent` must be given one of `max_norm` and `max_value`, got "
+            f"{' and '.join(given) or 'neither'}."
+        )
+    ((name, bound),) = given.items()
+    _checks.non_negative("clip_cotangent", name, bound)
+    bound = jnp.asarray(bound)
+    if not jnp.issubdtype(bound.dtype, jnp.floating):
+        bound = bound.astype(float)
+    if name == "max_value":
+        if axis is not None or axis_name is not None:
+            raise ValueError(
+                "`clip_cotangent(max_value=...)` cuts each element by itself, so it "
+                "takes no `axis` and no `axis_name`. Did you mean `max_norm`?"
+            )
+        return _identity(_by_value, x, bound)
     if axis is None:
         norm = functools.partial(global_norm, axis_name=axis_name)
     else:
         norm = functools.partial(unit_norm, axis=axis, axis_name=axis_name)
-    bound = jnp.asarray(float(max_norm) if isinstance(max_norm, int) else max_norm)
-    return _identity(norm, x, bound)
+    return _identity(functools.partial(_by_norm, norm), x, bound)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _identity(norm: Any, x: PyTree, bound: jax.Array) -> PyTree:
-    del norm, bound
-    return x
-
-
-def _forward(norm: Any, x: PyTree, bound: jax.Array) -> tuple[PyTree, jax.Array]:
-    del norm
-    return x, bound
-
-
-def _backward(norm: Any, bound: jax.Array, cotangent: PyTree) -> tuple[PyTree, Any]:
-    gradients, restore = split(cotangent)
-    bound = jnp.asarray(bound)
-    norms = norm(gradients)
-
+def _by_norm(norm: Any, gradients: PyTree, bound: jax.Array) -> PyTree:
     def clip(n: jax.Array, under: PyTree) -> PyTree:
         threshold = jnp.broadcast_to(bound.astype(n.dtype), n.shape)
         return jax.tree.map(rescale(threshold, clip_scale(n, threshold)), under)
 
-    clipped = jax.tree.map(clip, norms, gradients)
-    return restore(clipped), jnp.zeros_like(bound)
+    return jax.tree.map(clip, norm(gradients), gradients)
+
+
+def _by_value(gradients: PyTree, bound: jax.Array) -> PyTree:
+    def cut(leaf: jax.Array) -> jax.Array:
+        fits = jnp.broadcast_to(bound, leaf.shape) if bound.ndim else bound
+        return clamp(fits, jnp.zeros(()))(leaf)  # scale 0: some elements are beyond
+
+    return jax.tree.map(cut, gradients)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _identity(clip: Any, x: PyTree, bound: jax.Array) -> PyTree:
+    del clip, bound
+    return x
+
+
+def _forward(clip: Any, x: PyTree, bound: jax.Array) -> tuple[PyTree, jax.Array]:
+    del clip
+    return x, bound
+
+
+def _backward(clip: Any, bound: jax.Array, cotangent: PyTree) -> tuple[PyTree, Any]:
+    gradients, restore = split(cotangent)
+    bound = jnp.asarray(bound)
+    return restore(clip(gradients, bound)), jnp.zeros_like(bound)
 
 
 _identity.defvjp(_forward, _backward)

@@ -38,6 +38,7 @@ def cost(name, dtype=jnp.float32):
         "optaxclip": [optaxclip.clip_by_global_norm(1.0)],
         "value": [optaxclip.clip_by_value(1.0)],
         "leaf": [optaxclip.clip_by_leaf_norm(1.0)],
+        "layer": [optaxclip.clip_by_subtree_norm(1.0, depth=2)],
         "rms": [optaxclip.clip_by_block_rms(1.0)],
         "percentile": [optaxclip.clip_by_percentile()],
         "autoclip": [optaxclip.autoclip(10)],
@@ -60,6 +61,7 @@ def cost(name, dtype=jnp.float32):
     "name",
     [
         *("optaxclip", "value", "leaf", "rms", "percentile", "autoclip", "zclip"),
+        pytest.param("layer", marks=pytest.mark.slow),
         pytest.param("normalize", marks=pytest.mark.slow),
     ],
 )

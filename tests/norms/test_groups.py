@@ -3,6 +3,7 @@
 import functools
 
 import equinox as eqx
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +117,12 @@ def of_equinox():
     return eqx.filter(mlp, eqx.is_inexact_array)
 
 
+class Linen(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+        return flax.linen.Dense(1, name="head")(flax.linen.Dense(2, name="body")(x))
+
+
 @pytest.mark.parametrize("make", [of_nnx, of_equinox])
 def test_layers_of_models(make):
     tx = optaxclip.clip_by_subtree_norm(0.1, depth=2)
@@ -125,6 +132,23 @@ def test_layers_of_models(make):
     assert {"layers/0", "layers/1"} <= set(state.clip_metrics.grad_norm)
     norms = optaxclip.subtree_norm(updates, depth=2)
     assert all(norm <= 0.1 * (1 + 1e-6) for norm in norms.values())
+
+
+@pytest.mark.parametrize("collection", [True, False])
+def test_layers_of_a_linen_model(collection):
+    """Of its variables, `params` and all, and of the dict that is trained."""
+    variables = Linen().init(jax.random.key(0), jnp.ones(2))
+    params = variables if collection else variables["params"]
+    tx = optaxclip.clip_by_subtree_norm(0.1, depth=1 + collection)
+    updates, state = tx.update(params, tx.init(params))
+    names = ["params/body", "params/head"] if collection else ["body", "head"]
+    assert sorted(state.clip_metrics.grad_norm) == names
+    for name, layer in (updates["params"] if collection else updates).items():
+        given = jax.tree.leaves(variables["params"][name])
+        expected = np.linalg.norm(np.concatenate([np.ravel(x) for x in given]))
+        assert expected > 0.1
+        scale = layer["kernel"] / variables["params"][name]["kernel"]
+        np.testing.assert_allclose(scale, 0.1 / expected, rtol=1e-5)
 
 
 def test_one_all_reduce_for_all_groups():

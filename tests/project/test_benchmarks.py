@@ -21,6 +21,7 @@ SCRIPTS = {
     ),
     "quantile": (["--windows", "100"], ["window", "name", "call", "ratio"]),
     "compile": ([], ["leaves", "name", "trace", "lower", "compile", "instructions"]),
+    "contrib_bytes": ([], ["name", "bytes", "temp", "state"]),
     "scaling": (["--ways", "jit"], ["devices", "way", "name", "collectives", "temp"]),
     "tpu_compile": ([], ["name", "moved", "temp", "fusions", "all_reduces"]),
     "gpu_compile": ([], ["name", "moved", "temp", "fusions", "graphs", "waits"]),

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import optaxclip
 
 
-def pulled(cotangent, max_norm, **kwargs):
+def pulled(cotangent, max_norm=None, **kwargs):
     """What a cotangent is after the clip."""
     zeros = jax.tree.map(jnp.zeros_like, cotangent)
     _, pull = jax.vjp(lambda x: optaxclip.clip_cotangent(x, max_norm, **kwargs), zeros)
@@ -48,10 +48,42 @@ def test_one_norm_over_a_tree_and_at_extremes():
     np.testing.assert_array_equal(pulled(jnp.zeros(3), 0.0), np.zeros(3))
 
 
-def recurrent(max_norm, wrap=lambda step: step):
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.complex64]
+)
+def test_elements_by_value(dtype):
+    g = (3 * array(4, 5)).astype(dtype) * (1j if dtype == jnp.complex64 else 1)
+    actual = pulled({"a": g, "b": g[0]}, max_value=1.0)
+    wide = np.asarray(g.astype(jnp.complex64))
+    expected = wide / np.maximum(np.abs(wide), 1)
+    assert 0 < np.mean(np.abs(wide) > 1) < 1
+    for leaf, rows in zip(jax.tree.leaves(actual), (slice(None), 0), strict=True):
+        assert leaf.dtype == dtype
+        np.testing.assert_allclose(
+            np.asarray(leaf.astype(jnp.complex64)), expected[rows], rtol=1e-6
+        )
+    within = np.abs(wide) <= 1
+    np.testing.assert_array_equal(
+        np.asarray(actual["a"])[within], np.asarray(g)[within]
+    )
+
+
+def test_values_at_extremes_and_a_bound_for_each_element():
+    g = jnp.array([np.inf, -np.inf, np.nan, 1e30, -0.5, 0.0])
+    np.testing.assert_array_equal(pulled(g, max_value=2.0), [2, -2, np.nan, 2, -0.5, 0])
+    np.testing.assert_array_equal(pulled(g, max_value=np.inf), g)
+    np.testing.assert_array_equal(pulled(g[3:], max_value=0), np.zeros(3))
+    bounds = jnp.array([1, 2], jnp.int32)  # one for each column
+    np.testing.assert_array_equal(
+        pulled(jnp.full((3, 2), 5.0), max_value=bounds), np.tile([1.0, 2.0], (3, 1))
+    )
+
+
+def recurrent(max_norm, wrap=lambda step: step, name="max_norm"):
     def loss(inputs):
         def step(hidden, x):
-            return optaxclip.clip_cotangent(2 * hidden + x, max_norm), None
+            hidden = 2 * hidden + x
+            return optaxclip.clip_cotangent(hidden, **{name: max_norm}), None
 
         hidden, _ = jax.lax.scan(wrap(step), jnp.zeros(2), inputs)
         return jnp.sum(hidden)
@@ -66,6 +98,8 @@ def test_each_time_step_of_a_scan(wrap):
     np.testing.assert_array_equal(plain[:, 0], [16, 8, 4, 2, 1])
     clipped = jax.jit(jax.grad(recurrent(1.0, wrap)))(inputs)
     np.testing.assert_allclose(clipped, np.full((5, 2), 0.5**0.5), rtol=1e-6)
+    cut = jax.grad(recurrent(3.0, wrap, "max_value"))(inputs)
+    np.testing.assert_array_equal(cut[:, 0], [3, 3, 3, 2, 1])
 
 
 def test_under_vmap_every_example_has_its_own_norm():
@@ -81,6 +115,11 @@ def test_shards_are_measured_together():
         lambda g: pulled(g, 1.0), mesh=on, in_specs=P("x"), out_specs=P("x")
     )
     np.testing.assert_allclose(jax.jit(by_hand)(g), pulled(g, 1.0), rtol=1e-6)
+    explicit = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        cut = jax.jit(lambda g: pulled(g, max_value=1.0))(jax.reshard(g, P("x")))
+    assert cut.sharding.spec == P("x", None)
+    np.testing.assert_array_equal(cut, jnp.clip(g, -1, 1))
 
 
 def test_the_second_derivative_is_that_of_the_clipped_gradient():
@@ -106,9 +145,24 @@ def test_a_bound_may_be_traced_and_has_no_gradient():
     assert dbound == 0
 
 
+@pytest.mark.parametrize("name", ["max_norm", "max_value"])
 @pytest.mark.parametrize("bad", [-1.0, np.nan, "1", lambda step: 1.0])
-def test_bad_bounds_are_refused(bad):
+def test_bad_bounds_are_refused(bad, name):
     with pytest.raises(
-        ValueError, match=r"clip_cotangent\(max_norm=.*non-negative|number"
+        ValueError, match=rf"clip_cotangent\({name}=.*(non-negative|number)"
     ):
-        optaxclip.clip_cotangent(jnp.ones(2), bad)
+        optaxclip.clip_cotangent(jnp.ones(2), **{name: bad})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "must be given one of `max_norm` and `max_value`, got neither"),
+        ({"max_norm": 1.0, "max_value": 1.0}, "got max_norm and max_value"),
+        ({"max_value": 1.0, "axis": -1}, "takes no `axis` and no `axis_name`"),
+        ({"max_value": 1.0, "axis_name": "i"}, "takes no `axis` and no `axis_name`"),
+    ],
+)
+def test_arguments_that_contradict_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        optaxclip.clip_cotangent(jnp.ones(2), **arguments)
