@@ -57,10 +57,16 @@ def split(tree: PyTree) -> Split:
         return whole.unflatten([next(new) if k else leaf for leaf, k in pairs])
 
     only = [
-        jnp.asarray(leaf) if k else optax.MaskedNode()
+        _array(leaf) if k else optax.MaskedNode()
         for leaf, k in zip(leaves, keep, strict=True)
     ]
     return Split(treedef.unflatten(only), restore)
+
+
+def _array(leaf: Any) -> jax.Array:
+    # `jnp.asarray` of JAX 0.10.0 makes a new array in a branch under `pmap`, of which
+    # the kernel would not know that it has measured it.
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
 def unwrapped(tree: PyTree) -> PyTree:

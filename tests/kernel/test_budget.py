@@ -8,16 +8,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 from _hlo import figures
-from programs import compiled_step, gpt_like
+from programs import WRITES_SQUARES, compiled_step, gpt_like
 
 import optaxclip
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the budgets are for programs of the CPU"
 )
-
-# XLA for CPU of jax 0.10.0 writes the squares to memory before it adds them up.
-WRITES_SQUARES = jax.__version_info__ < (0, 10, 1)
 
 
 def squares(dtype):

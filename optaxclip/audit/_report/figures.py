@@ -20,7 +20,7 @@ SKIPPED, BAD = "#B0B0B0", "#D55E00"
 COLORS = (NORM, BAD, LOSS, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 DASHES = ("-", "--", ":", "-.")
 GROUPS = 150  # of steps; of each some rows are drawn
-LIMIT = 1e100  # drawn at most; an axis cannot span all of float64
+LIMIT = 1e100  # drawn at most, its inverse at least: an axis cannot span all of float64
 PARAMETERS = "norm by parameter"
 HEIGHTS = {  # of the panels, by what stands beside their axes
     **{"gradient norm": 2.4, "threshold": 1.0, "scale": 1.0, "share of steps": 1.0},
@@ -59,14 +59,18 @@ def plot(runs: Mapping[str, LogData]) -> Figure:
         len(names), sharex=True, squeeze=False, height_ratios=heights
     )
     stack = axes_of_panels[:, 0]
+    logarithmic = {"gradient norm", "threshold", PARAMETERS}
+    if any(stats.spans_decades(data.loss) for data in runs.values()):
+        logarithmic.add("loss")
     for name, axes in zip(names, stack, strict=True):
+        axes.set_yscale("log" if name in logarithmic else "linear")
         for i, (run, panels) in enumerate(drawn.items()):
             for line in filter(_is_drawn, panels.get(name, [])):
                 others = line._replace(color=COLORS[i % 8], dash=DASHES[i % 4])
                 _draw(axes, line if alone else others._replace(label=_name(run)))
         for data in runs.values() if alone else ():
             _mark_bad(axes, data, with_label=axes is stack[0])
-        _finish(axes, name, [data.loss for data in runs.values()])
+        _finish(axes, name)
     stack[-1].set_xlabel("step")
     stack[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     stack[-1].ticklabel_format(axis="x", style="plain", useOffset=False)
@@ -143,13 +147,9 @@ def _draw(axes: Axes, line: Line) -> None:
     axes.plot(line.steps, line.values, c=line.color, label=line.label, **style)
 
 
-def _finish(axes: Axes, name: str, losses: list[np.ndarray]) -> None:
+def _finish(axes: Axes, name: str) -> None:
     axes.set_ylabel(name)
     axes.margins(x=0.01)
-    if name in ("gradient norm", "threshold", PARAMETERS):
-        axes.set_yscale("log")
-    if name == "loss" and any(map(stats.spans_decades, losses)):
-        axes.set_yscale("log")
     if name == "scale":
         axes.set_ylim(0, 1.05)
     if name.startswith("share"):
@@ -186,7 +186,7 @@ def _name(name: str) -> str:
 def _positive(values: np.ndarray) -> np.ndarray:
     """Values for a logarithmic axis."""
     good = np.isfinite(values) & (values > 0)
-    return np.where(good, np.minimum(np.where(good, values, 1), LIMIT), np.nan)
+    return np.where(good, np.clip(np.where(good, values, 1), 1 / LIMIT, LIMIT), np.nan)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

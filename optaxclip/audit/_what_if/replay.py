@@ -34,8 +34,8 @@ def replay(rule: Threshold | Rule, norms: Norms) -> Replay:
 
     A rule sees norms and nothing else, so that it can be run without a model: with the
     decision of :func:`optaxclip.clip_by` itself, in one compiled scan on the CPU. The
-    results are those of that clip under ``jit`` there, bit for bit; on an accelerator,
-    and without ``jit``, a last bit may be rounded otherwise.
+    results are those of that clip, but for the last bit or two, which another program
+    may round otherwise.
 
     What the run would have done is another matter, since other clips make other
     parameters, and those make other norms: a replay tells most of spikes, and of how a
