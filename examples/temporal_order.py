@@ -1,7 +1,7 @@
 """Which of two symbols came first? A recurrent network, and the cliff it trains on.
 
     pip install "optaxclip[examples]"
-    python temporal_order.py    # nine runs of eight seeds, a table, a picture, reports
+    python temporal_order.py    # twelve runs of eight seeds: a table, a picture, logs
     python temporal_order.py --clip none,percentile --lengths 20 --seeds 32
     python temporal_order.py --rate 0.01 --updates 60000        # as the authors trained
 
@@ -21,12 +21,24 @@ length  clip         solved   95% interval  updates  clipped  largest norm
     10  none            8/8    68% to 100%       50     0.0%           7.9
     10  global 1        8/8    68% to 100%       50    45.1%           4.1
     10  percentile      8/8    68% to 100%      100    94.3%           3.5
-    20  none            0/8      0% to 32%    >4000     0.0%          71.4
+    10  step 0.03       8/8    68% to 100%      150     0.0%           1.1
+    20  none            0/8      0% to 32%    >3000     0.0%          71.4
     20  global 1        8/8    68% to 100%      450    46.0%          66.1
     20  percentile      8/8    68% to 100%      600    68.7%         312.1
-    30  none            0/8      0% to 32%    >4000     0.0%         651.0
-    30  global 1        7/8     53% to 98%     1250    22.6%         935.7
-    30  percentile      5/8     31% to 86%     3050    59.4%        1254.0
+    20  step 0.03       8/8    68% to 100%      775     0.0%           4.0
+    30  none            0/8      0% to 32%    >3000     0.0%         514.8
+    30  global 1        6/8     41% to 93%     1250    28.1%         935.7
+    30  percentile      4/8     22% to 78%    >3000    64.1%        1254.0
+    30  step 0.03       2/8      7% to 59%    >3000     0.0%           5.6
+
+`step` clips what flows back through each time step, inside the network, by
+`clip_cotangent`. Gradients no longer explode, but at 30 symbols fewer seeds solve the
+task than with a clip of the whole gradient (the intervals overlap). The norm of what
+flows back, where the gradient is the largest of all these runs:
+
+back in time    after the last step  after the first
+no clip                      0.1615         200.8730
+norm held to 0.03            0.0300           0.0300
 
 The suffix of a name lists the axes of its array: S seeds, B batch, T time, I inputs, H
 hidden units, K classes, C checks.
@@ -435,8 +447,9 @@ def picture(
     config: Config, runs: Runs, flows: dict[str, Any], paths: Paths, path: Path
 ) -> None:
     figure = Figure(figsize=(15, 9.5), layout="constrained")
-    axes = figure.subplot_mosaic("RRUUBB;SSSSEE")
-    rates, updates, back, surface, errors = (axes[place] for place in "RUBSE")
+    rows = figure.add_gridspec(2)
+    rates, updates, back = figure.add_subfigure(rows[0]).subplots(1, 3)
+    surface, errors = figure.add_subfigure(rows[1]).subplots(1, 2, width_ratios=(5, 3))
     names = [label(config, name) for name in config.clip.split(",")]
     for i, (name, color) in enumerate(zip(names, COLORS, strict=False)):
         beside = 0.2 * (i - (len(names) - 1) / 2)  # not on top of each other
@@ -510,9 +523,9 @@ def draw_surface(axes: Any, paths: Paths) -> None:
 def draw_errors(axes: Any, paths: Paths) -> None:
     for (name, path), color in zip(paths.items(), COLORS, strict=False):
         axes.plot(path["error"], ".-", color=color, label=name, **MARKS)
-    axes.set(title="The same descents: where the step off the cliff leads")
+    axes.set(title="The error on these descents")
     axes.set(xlabel="step", ylabel="squared error", yscale="log")
-    axes.legend()
+    axes.legend(loc="center right")
 
 
 def main() -> None:
