@@ -4,7 +4,7 @@ One donated step on a GPT-like tree in float32, compiled for this machine: bytes
 moves and temporary memory beyond AdamW alone, and what the state of the clip holds, all
 in units of the gradients.
 
-    python benchmarks/contrib_bytes.py                 # 21 M parameters, a minute
+    python benchmarks/contrib_bytes.py                 # 15 M parameters, minutes
     python benchmarks/contrib_bytes.py --only clippy
 """
 

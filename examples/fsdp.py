@@ -4,6 +4,7 @@
     python fsdp.py                  # 4 devices, virtual ones on a CPU
     python fsdp.py --processes 2    # two processes; one is killed, both resume
     python fsdp.py --clip global --dtype float32 --seeds 3
+    python fsdp.py --clip layer     # a norm for each layer, in a table and a picture
 
 Fully sharded data parallelism (FSDP) takes three things here, each in one place: the
 metadata of a parameter says along which axis it is split, `gathered` collects a layer
@@ -16,23 +17,39 @@ sequence with a weight of NaN. Both sequences are on the last device only, but a
 devices clip, or skip.
 
 Every run is made twice, on all devices and on one, and the two are compared step by
-step. With `--seeds 3`, these are the largest relative differences in the norm of any
-parameter's gradient at any step, and in all weights at the end:
+step: the largest relative differences in the norm of any parameter's gradient at any
+step, and in all weights at the end. One clip has a norm for each layer. With
+`--clip layer` the script prints these tables (and one of layers for bfloat16):
+
+                              state on   final                  largest difference
+dtype     clip       seed devs a device    loss clipped skipped of a norm of weights
+float32   layer 0.5     0    4    25.1%  2.8196      37       1   2.0e-06    1.3e-06
+bfloat16  layer 0.5     0    4    25.1%  2.8199      37       1   4.4e-03    4.3e-04
+
+float32, layer 0.5      median norm  at step 15   difference
+blocks/0                      0.303        61.73     8.7e-07
+blocks/1                      0.204        57.05     7.7e-07
+characters/embedding          0.141        35.28     2.0e-06
+head/kernel                   0.650       130.97     9.8e-07
+norm/scale                    0.061        12.85     6.5e-07
+positions/embedding           0.114        22.27     9.8e-07
+
+With `--clip percentile,leaf --seeds 3`:
 
                               state on   final                  largest difference
 dtype     clip       seed devs a device    loss clipped skipped of a norm of weights
 float32   percentile    0    4    25.2%  2.4787      39       1   1.1e-06    3.8e-07
 float32   percentile    1    4    25.2%  2.5560      39       1   6.1e-07    2.4e-07
 float32   percentile    2    4    25.2%  2.6056      39       1   6.8e-07    3.2e-07
-float32   leaf          0    4    25.1%  2.5288      31       1   7.9e-06    2.4e-06
-float32   leaf          1    4    25.1%  2.6022      28       1   5.7e-07    2.6e-07
-float32   leaf          2    4    25.1%  2.6446      34       1   1.6e-06    7.1e-07
+float32   leaf 0.5      0    4    25.1%  2.5288      31       1   7.9e-06    2.4e-06
+float32   leaf 0.5      1    4    25.1%  2.6022      28       1   5.7e-07    2.6e-07
+float32   leaf 0.5      2    4    25.1%  2.6446      34       1   1.6e-06    7.1e-07
 bfloat16  percentile    0    4    25.2%  2.4783      39       1   5.0e-03    4.8e-04
 bfloat16  percentile    1    4    25.2%  2.5558      39       1   7.1e-03    4.1e-04
 bfloat16  percentile    2    4    25.2%  2.6059      39       1   5.0e-03    7.1e-04
-bfloat16  leaf          0    4    25.1%  2.5286      31       1   4.1e-03    3.2e-04
-bfloat16  leaf          1    4    25.1%  2.6025      28       1   4.7e-03    2.3e-04
-bfloat16  leaf          2    4    25.1%  2.6440      34       1   4.6e-03    5.1e-04
+bfloat16  leaf 0.5      0    4    25.1%  2.5286      31       1   4.1e-03    3.2e-04
+bfloat16  leaf 0.5      1    4    25.1%  2.6025      28       1   4.7e-03    2.3e-04
+bfloat16  leaf 0.5      2    4    25.1%  2.6440      34       1   4.6e-03    5.1e-04
 
 The suffix of a name lists the axes of its array: B batch, T time, 1 one more, D width,
 H heads, K width of a head, V vocabulary.
@@ -77,9 +94,10 @@ Batch = dict[str, Any]
 class Config:
     # The comparison.
     dtype: str = "float32,bfloat16"  # of the computation, one or several
-    clip: str = "percentile,leaf"  # one or several, from CLIPS
+    clip: str = "percentile,layer"  # one or several, from CLIPS
     seeds: int = 1  # repeat every run with this many seeds
     max_norm: float = 1.0  # global: largest norm of the whole gradient
+    max_layer_norm: float = 0.5  # layer: largest norm of a layer's gradient
     max_leaf_norm: float = 0.5  # leaf: largest norm of a parameter's gradient
     spike: int = 15  # step at which one sequence counts a thousandfold
     nan: int = 25  # step at which one sequence counts NaN
@@ -116,18 +134,23 @@ def read_config() -> Config:
 
 
 ORANGE, BLUE, GREEN = "#E69F00", "#0072B2", "#009E73"  # told apart by everybody
+LAYERS = (ORANGE, BLUE, GREEN, "#CC79A7", "#D55E00", "#56B4E9", "#767676")
 
 # A line a run: from the configuration to the clip.
 CLIPS = {
     "percentile": lambda c: optaxclip.clip_by_percentile(),
     "global": lambda c: optaxclip.clip_by_global_norm(c.max_norm),
+    # All of a Transformer block has one norm, however its parameters are cut.
+    "layer": lambda c: optaxclip.clip_by_subtree_norm(c.max_layer_norm, depth=2),
     "leaf": lambda c: optaxclip.clip_by_leaf_norm(c.max_leaf_norm),
 }
 
 
 def label(config: Config, name: str) -> str:
     """The name of a run, with the one threshold that somebody had to choose."""
-    return f"global {config.max_norm:g}" if name == "global" else name
+    bounds = {"global": config.max_norm, "layer": config.max_layer_norm}
+    bounds["leaf"] = config.max_leaf_norm
+    return f"{name} {bounds[name]:g}" if name in bounds else name
 
 
 class Run(NamedTuple):
@@ -173,6 +196,18 @@ def broken(
     weights = {config.spike: 1000.0, config.nan: np.nan}
     for step, batch in batches:
         batch["weights"][-1] *= weights.get(step, 1.0)
+        yield step, batch
+
+
+def killed(
+    config: Config, batches: Iterable[tuple[int, Batch]]
+) -> Iterator[tuple[int, Batch]]:
+    """The last of several processes dies in front of a batch, as a machine may."""
+    for step, batch in batches:
+        if step == config.kill and is_last_of_several(config):
+            # Done here is done there: this process is not ahead of the others.
+            jax.block_until_ready(jax.live_arrays())
+            os.kill(os.getpid(), signal.SIGKILL)
         yield step, batch
 
 
@@ -296,17 +331,13 @@ def train(config: Config, run: Run, path: Path, devices: Any) -> None:
             if jax.process_index() == 0:
                 print(f"{path.stem} goes on from step {first}", flush=True)
         bar = tqdm(
-            broken(config, batches(config, run.seed, first)),
+            killed(config, broken(config, batches(config, run.seed, first))),
             desc=f"{path.stem}, {len(devices)} devices",
             initial=first,
             total=config.steps,
             disable=jax.process_index() > 0,
         )
         for step, batch in bar:
-            if step == config.kill and is_last_of_several(config):
-                # Done here is done there: this process is not ahead of the others.
-                jax.block_until_ready(nnx.state(model))
-                os.kill(os.getpid(), signal.SIGKILL)
             train_step(model, optimizer, spread(batch, mesh))
             done = step + 1
             if done % config.every == 0 or done == config.steps:
@@ -412,6 +443,39 @@ def abstract_model(config: Config, run: Run, mesh: jax.sharding.Mesh) -> Any:
         return jax.tree.map(place, nnx.eval_shape(lambda: new_model(config, run)))
 
 
+def layer_norms(log: Any) -> dict[str, np.ndarray]:
+    """Of each step, from the norms of the parameters: layers as `layer` clips them."""
+    layers = ["/".join(name.split("/")[:2]) for name in log.leaf_names]
+    squares = np.asarray(log.leaf_norms, np.float64) ** 2
+    return {
+        layer: np.sqrt(squares[:, [name == layer for name in layers]].sum(1))
+        for layer in dict.fromkeys(layers)
+    }
+
+
+def layer_differences(c: Comparison) -> dict[str, np.ndarray]:
+    """Of each step, relative to one device."""
+    alone = layer_norms(c.alone)
+    differences = {
+        layer: np.abs(norms - alone[layer]) / alone[layer]
+        for layer, norms in layer_norms(c.sharded).items()
+    }
+    return {layer: np.where(x > 0, x, np.nan) for layer, x in differences.items()}
+
+
+def layer_table(config: Config, c: Comparison) -> str:
+    name = f"{c.run.dtype}, {label(config, c.run.clip)}"
+    lines = [f"{name:<24}median norm  at step {config.spike:<4} difference"]
+    differences = layer_differences(c)
+    for layer, norms in layer_norms(c.sharded).items():
+        worst = np.nanmax(differences[layer], initial=0.0)
+        lines.append(
+            f"{layer:<24}{np.nanmedian(norms):>11.3f}{norms[config.spike]:>13.2f}"
+            f"{worst:>12.1e}"
+        )
+    return "\n".join(lines)
+
+
 def last_params(config: Config, run: Run, path: Path) -> np.ndarray:
     """Those of the last checkpoint, of however many devices, on one."""
     like = nnx.state(abstract_model(config, run, mesh_of(one_device())))
@@ -439,13 +503,18 @@ def line(config: Config, c: Comparison) -> str:
 
 def picture(config: Config, compared: list[Comparison], path: Path) -> None:
     clips = config.clip.split(",")
-    figure = Figure(figsize=(5 * len(clips), 6.5), layout="constrained")
-    axes = figure.subplots(2, len(clips), sharex=True, squeeze=False)
+    columns = len(clips) + ("layer" in clips)
+    figure = Figure(figsize=(5 * columns, 6.5), layout="constrained")
+    axes = figure.subplots(2, columns, sharex=True, squeeze=False)
     first_seed = [c for c in compared if c.run.seed == 0]
-    for (top, bottom), clip in zip(axes.T, clips, strict=True):
+    for (top, bottom), clip in zip(axes.T, clips, strict=False):
         of_clip = [c for c in first_seed if c.run.clip == clip]
         draw_norms(config, top, of_clip[0])
         draw_differences(bottom, of_clip)
+    if "layer" in clips:
+        of_clip = [c for c in first_seed if c.run.clip == "layer"]
+        top, bottom = axes[:, -1]
+        draw_layers(config, top, bottom, of_clip[0])
     n = compared[0].sharded.metadata["hyperparameters"]["devices"]
     figure.suptitle(
         f"A clip on {n} devices that share a model does what it does on one"
@@ -472,6 +541,22 @@ def draw_norms(config: Config, axes: Any, c: Comparison) -> None:
         place = {"xy": (step, 0.98), "xycoords": ("data", "axes fraction")}
         axes.annotate(f" {text}", **place, color=GREEN, va="top")
     axes.legend(fontsize="small")
+
+
+def draw_layers(config: Config, top: Any, bottom: Any, c: Comparison) -> None:
+    """A color and a mark for each layer: its norms, and how far one device differs."""
+    differences, marks = layer_differences(c), "osv^DX*P"
+    for i, (layer, norms) in enumerate(layer_norms(c.sharded).items()):
+        style = {"color": LAYERS[i % len(LAYERS)], "marker": marks[i % len(marks)]}
+        style |= {"lw": 1.2, "ms": 4, "markevery": (i, 6)}
+        top.plot(c.sharded.step, norms, label=layer, **style)
+        bottom.plot(c.sharded.step, differences[layer], **style)
+    top.axhline(config.max_layer_norm, color="black", lw=1.5, ls="--")
+    top.set(yscale="log", ylabel="norm", title=f"Each layer, {c.run.dtype}")
+    top.legend(fontsize="small")
+    bottom.axhline(jnp.finfo(c.run.dtype).eps, color="black", lw=1, ls=":")
+    bottom.set(yscale="log", xlabel="step", ylabel="relative difference")
+    bottom.set_title("Difference of each layer from one device")
 
 
 def draw_differences(axes: Any, compared: list[Comparison]) -> None:
@@ -530,6 +615,9 @@ def main() -> None:
         report(read(path), path.with_suffix(".html"), title=f"fsdp, {path.stem}")
     picture(config, compared, Path(config.out, "fsdp.png"))
     print(HEADER, *(line(config, c) for c in compared), sep="\n")
+    layered = [c for c in compared if c.run.clip == "layer" and c.run.seed == 0]
+    for c in layered:
+        print("", layer_table(config, c), sep="\n")
     print(
         f"In {config.out}/ are fsdp.png and, of each run, checkpoints, log and report."
     )

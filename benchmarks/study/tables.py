@@ -173,6 +173,11 @@ def literature_rows(records: Mapping[str, Record]) -> list[Row]:
     return rows
 
 
+def run_for(records: Mapping[str, Record], clip: str) -> dict[str, Record]:
+    """The tasks that a clip was run on."""
+    return {task: r for task, r in records.items() if clip in r["clips"]}
+
+
 def literature_columns(records: Mapping[str, Record]) -> dict[str, str]:
     columns = regret_columns(records)
     kept = ("clip", "clipped", *records)

@@ -1,7 +1,7 @@
 """Clips and rules from the literature, each a short file on the kernel.
 
-They keep the contracts of the rest of the package. None of them is in the study *which
-clip, when*: try :func:`optaxclip.clip_by_percentile` first.
+They keep the contracts of the rest of the package. In the study *which clip, when* none
+of them was better than :func:`optaxclip.clip_by_percentile`: try that first.
 
 =================================  ====================================================
 function                           what it bounds

@@ -42,10 +42,11 @@ def logs(out: Path, name: str):
 
 @pytest.mark.slow
 def test_four_devices_clip_and_skip_as_one_does(tmp_path):
-    done = run("--clip leaf", tmp_path)
+    done = run("--clip layer", tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = table(done.stdout)
-    assert list(rows) == [("float32", "leaf"), ("bfloat16", "leaf")]
+    stdout = done.stdout.replace("layer 0.5", "layer")
+    rows = table(stdout.partition("\n\n")[0])
+    assert list(rows) == [("float32", "layer"), ("bfloat16", "layer")]
     assert (tmp_path / "fsdp.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     for (dtype, clip), row in rows.items():
         rounding = {"float32": 1e-4, "bfloat16": 0.1}[dtype]
@@ -64,6 +65,17 @@ def test_four_devices_clip_and_skip_as_one_does(tmp_path):
         # What one device alone has seen is clipped on all.
         assert sharded.clipped[5]
         assert sharded.norm[5] > 10 * np.nanmedian(sharded.norm)
+        # The table of layers: six norms, each the same on four devices as on one.
+        _, _, layers = stdout.partition(f"\n{dtype}, layer")
+        lines = [line.split() for line in layers.partition("\n\n")[0].splitlines()[1:]]
+        lines = [line for line in lines if len(line) == 4]
+        names = ["blocks/0", "characters/embedding", "head/kernel"]
+        assert [line[0] for line in lines][:3] == names
+        assert all(float(line[3]) < rounding for line in lines)
+        # The clip's own norm is the largest of them.
+        assert max(float(line[2]) for line in lines) == pytest.approx(
+            sharded.norm[5], rel=0.01
+        )
         report = (tmp_path / f"{dtype}-{clip}-seed0-sharded.html").read_text()
         assert f"fsdp, {dtype}-{clip}-seed0" in report
 

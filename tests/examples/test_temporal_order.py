@@ -8,7 +8,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from optaxclip.audit import read
 
@@ -85,15 +87,58 @@ def test_table_metrics_logs_and_cliff_tell_the_same(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_clip_at_each_time_step_bounds_what_flows_back(tmp_path):
+    done = run("--clip global,step --max-flow 0.02", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert columns(tmp_path, "step 0.02")["clipped"].max() == 0  # by the optimizer
+    rows = [line.split() for line in done.stdout.splitlines()]
+    flows = {" ".join(row[:-2]): row[-2:] for row in rows if row and row[-2:-1]}
+    assert [float(x) > 0.02 for x in flows["no clip"]] == [True, True]
+    assert flows["norm held to 0.02"] == ["0.0200", "0.0200"]
+    largest = {n: columns(tmp_path, n)["norm"].max() for n in ("global 1", "step 0.02")}
+    assert largest["step 0.02"] < 0.5 * largest["global 1"]
+
+
+@pytest.mark.slow
+def test_flow_back_is_the_gradient_by_the_state(example):
+    """Against states that are given by hand, one time step after the other."""
+    config = example.Config(batch=3, units=4)
+    key = jax.random.key(0)
+    graphdef, params = example.new_model(config, key)
+    params = jax.tree.map(lambda x: 3 * x, params)
+    model = nnx.merge(graphdef, params)
+    inputs_BTI, labels_B = example.temporal_order(key, 3, 10)
+
+    def after(state_BH, step):
+        for inputs_BI in inputs_BTI.swapaxes(0, 1)[step:]:
+            state_BH, _ = model.cell(state_BH, inputs_BI)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            model.readout(state_BH), labels_B
+        )
+        return losses.mean()
+
+    state_BH, expected = jax.numpy.zeros((3, 4)), []
+    for step in range(10):
+        state_BH, _ = model.cell(state_BH, inputs_BTI[:, step])
+        expected.append(np.linalg.norm(jax.grad(after)(state_BH, step + 1)))
+    flow_T = example.flow_back(config, 10, (0.0, params, key), np.inf)
+    np.testing.assert_allclose(flow_T, expected, rtol=1e-4)
+    bound = float(np.median(expected))
+    held_T = example.flow_back(config, 10, (0.0, params, key), bound)
+    assert (held_T <= bound * (1 + 1e-6)).all()
+
+
+@pytest.mark.slow
 def test_every_clip_meets_the_same_networks_and_sequences(tmp_path):
     done = run("--updates 2 --every 1", tmp_path)
     assert done.returncode == 0, done.stderr
     none = columns(tmp_path, "none")
     assert len(np.unique(none["loss"][0])) == 4  # seeds differ
-    for name in ("global 1", "percentile"):
+    for name in ("global 1", "percentile", "step 0.03"):
         metrics = columns(tmp_path, name)
         np.testing.assert_allclose(metrics["loss"][0], none["loss"][0], rtol=1e-6)
-        np.testing.assert_allclose(metrics["norm"][0], none["norm"][0], rtol=1e-5)
+        if not name.startswith("step"):  # which clips before the norm is taken
+            np.testing.assert_allclose(metrics["norm"][0], none["norm"][0], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,16 +1,26 @@
 """The study: it runs, goes on after a kill, and the pages say what it found."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import which_clip
 from study.clips import LITERATURE, run_on
 from study.regret import bootstrap, regret
-from study.tables import by_kind, choosing, literature, worst_and_mean
+from study.tables import (
+    by_kind,
+    choosing,
+    literature,
+    percents,
+    run_for,
+    worst_and_mean,
+)
 from study.tasks import HELD_OUT, TASKS
 
 import optaxclip
@@ -56,6 +66,26 @@ def test_a_quick_study_goes_on_where_it_was_stopped(tmp_path):
     second = json.loads((tmp_path / "out.json").read_text())
     result = ("digits-cnn", "clips", "clip_by_percentile()", "value")
     assert at(second["tasks"], result) == at(first["tasks"], result)
+
+
+@pytest.mark.slow
+def test_clips_in_one_program_train_as_each_does_alone(tmp_path):
+    clips, results = ["clippy()", "clip_by_percentile()"], []
+    for jobs in ([clips], [[clip] for clip in clips]):
+        options = argparse.Namespace(quick=True, work=tmp_path / str(len(jobs)))
+        # The study is no part of the package.
+        with (
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+        ):
+            for names in jobs:
+                which_clip.train(options, "temporal-order", names)
+        folder = options.work / "quick" / "temporal-order"
+        results += [json.loads((folder / f"{clip}.json").read_text()) for clip in clips]
+    for together, alone in zip(results[:2], results[2:], strict=True):
+        for key in ("value", "median_norm", "share_clipped"):
+            np.testing.assert_allclose(together[key], alone[key], rtol=1e-5)
+    assert np.all(np.array(results[1]["share_clipped"]) > 0)
 
 
 def at(tree, keys):
@@ -124,6 +154,29 @@ def test_docstrings_have_the_regret_of_the_study(name):
     text = " ".join(getattr(optaxclip, name).__doc__.split())
     assert f"at most {worst:.1f}% worse than the best of nine constants" in text
     assert f"and {mean:.1f}% on average" in text
+
+
+CONTRIB = {
+    "adagn": "adagn()",
+    "limit_growth": "limit_growth()",
+    "smooth_clip": "smooth_clip(1.0)",
+    "clip_coordinate_spikes": "clip_coordinate_spikes()",
+    "clippy": "clippy()",
+    "with_error_feedback": "with_error_feedback(clip_by_percentile())",
+    "sketched_quantile": "clip_by(global_norm, sketched_quantile(0.5))",
+}
+
+
+@pytest.mark.parametrize("name", CONTRIB)
+def test_docstrings_of_contrib_have_the_regret_of_the_study(name):
+    tasks = run_for(RESULTS["tasks"], CONTRIB[name])
+    text = " ".join(getattr(optaxclip.contrib, name).__doc__.split())
+    number = {1: "one task", 2: "two tasks", 5: "five tasks"}[len(tasks)]
+    assert f"On the {number} of the study that it was run on" in text
+    its, default = (percents(tasks, c) for c in (CONTRIB[name], "clip_by_percentile()"))
+    assert f"at most {max(its):.1f}% worse than the best of nine constants" in text
+    assert all(a >= b for a, b in zip(its, default, strict=True))
+    assert "nowhere better than :func:`optaxclip.clip_by_percentile`" in text
 
 
 def test_suggestions_have_the_regret_of_the_study():
