@@ -600,7 +600,7 @@ def main() -> None:
 
     Path(config.out).mkdir(parents=True, exist_ok=True)
     for run, where in itertools.product(runs(config), ("sharded", "alone")):
-        # Of an earlier call: it would be gone on with.
+        # Of an earlier call, which this one would continue.
         log_of(config, run, where).unlink(missing_ok=True)
         shutil.rmtree(checkpoints_of(log_of(config, run, where)), ignore_errors=True)
     if config.processes > 1:

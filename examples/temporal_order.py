@@ -72,7 +72,7 @@ from optaxclip.audit import ClipLog, read, report
 class Config:
     # The comparison.
     clip: str = "none,global,percentile,step"  # runs to make, from CLIPS
-    lengths: str = "10,20,30"  # symbols a sequence; every clip meets each length
+    lengths: str = "10,20,30"  # symbols per sequence; every clip meets each length
     seeds: int = 8  # networks a run, trained at the same time
     max_norm: float = 1.0  # global: largest norm of the gradient
     max_flow: float = 0.03  # step: largest norm of what flows back through a time step
@@ -272,7 +272,7 @@ def train(config: Config, name: str, length: int, path: Path) -> tuple[dict, Any
     max_flow = config.max_flow if name == "step" else math.inf
     stretch = stretch_of(config, tx, length, max_flow)
 
-    path.unlink(missing_ok=True)  # a log that exists would be gone on with
+    path.unlink(missing_ok=True)  # an existing log would be continued
     log = ClipLog(
         path,
         params=jax.tree.map(lambda x_S: x_S[0], state[0]),
@@ -466,7 +466,7 @@ def picture(
     updates.set(ylabel="updates until 99% are right", yscale="log")
     for axes in (rates, updates):
         axes.set_xticks(range(len(lengths(config))), config.lengths.split(","))
-        axes.set(xlabel="symbols a sequence", xlim=(-0.5, len(lengths(config)) - 0.5))
+        axes.set(xlabel="symbols per sequence", xlim=(-0.5, len(lengths(config)) - 0.5))
     draw_flows(back, flows)
     draw_surface(surface, paths)
     draw_errors(errors, paths)

@@ -215,7 +215,7 @@ OFFERED = {
     "adagc()": "`adagc()`",
     "autoclip()": "`autoclip()`",
     "zclip()": "`zclip()`",
-    "skip_spikes()": "`skip_spikes(optimizer)`",
+    "skip_spikes()": "`skip_spikes(inner)`",
     UNCLIPPED: "no clip",
 }
 

@@ -19,7 +19,7 @@ _RECOVERED = 0.9  # of the usual mean scale
 
 
 class Outcome(NamedTuple):
-    """What a rule did in a run. Steps whose norm is not finite count for nothing."""
+    """What a rule did in a run. Steps with a norm of NaN or infinity are left out."""
 
     name: str  #: of the rule
     clipped_share: float  #: steps with a scale below 1, in [0, 1]
@@ -36,19 +36,20 @@ def compare(rules: Mapping[str, Threshold | Rule], norms: Norms) -> tuple[Outcom
     *Steps to recover* are those of a probe, the same for every rule: after the run, its
     last 1,000 norms are played again, and again, twice as large. A rule has recovered
     at the first step from which the mean scale of 100 steps is 90% of what it was over
-    those 1,000 norms. A rule that has not within 5,000 steps never will, as far as this
-    tells: a fixed threshold between the old norms and the new ones, for example.
+    those 1,000 norms. The probe ends after 5,000 steps. A rule that has not recovered
+    by then counts as one that never does, such as a fixed threshold between the old
+    norms and the new ones.
 
     Args:
       rules: From a name to a number, an array of shape (), a schedule or a rule.
       norms: A log or an array of shape (steps,), as in :func:`replay`.
 
     Returns:
-      An :class:`Outcome` a rule, in their order. If no norm is finite, shares, scales
+      An :class:`Outcome` for each rule, in their order. If no norm is finite, shares, scales
       and norms are NaN.
 
     Raises:
-      ValueError: ``norms`` is no series, or has a negative element.
+      ValueError: ``norms`` is not one-dimensional, or has a negative element.
 
     Example:
       >>> import numpy as np
