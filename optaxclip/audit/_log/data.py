@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class LogData:
-    """One row a step, in the order of the steps, each step once.
+    """One row for each step, in the order of the steps.
 
-    Arrays have one entry a step. A quantity that a step did not have (the loss, if it
-    was not passed to ``update``) is NaN. Numbers recorded in float32 are the shortest
-    decimals of theirs, 0.1 for instance: ``astype(np.float32)`` gives the same bits.
+    Arrays have one entry for each step. A quantity that a step did not have (the loss,
+    if it was not passed to ``update``) is NaN. A number that was recorded in float32 is
+    given by its shortest decimal, such as 0.1: ``astype(np.float32)`` gives the same
+    bits.
 
     As the value of a notebook's cell it shows its summary and its plot.
     """
