@@ -4,7 +4,7 @@
     python fsdp.py                  # 4 devices, virtual ones on a CPU
     python fsdp.py --processes 2    # two processes; one is killed, both resume
     python fsdp.py --clip global --dtype float32 --seeds 3
-    python fsdp.py --clip layer     # a norm for each layer, in a table and a picture
+    python fsdp.py --clip leaf      # a norm for each parameter
 
 Fully sharded data parallelism (FSDP) takes three things here, each in one place: the
 metadata of a parameter says along which axis it is split, `gathered` collects a layer
@@ -18,38 +18,23 @@ devices clip, or skip.
 
 Every run is made twice, on all devices and on one, and the two are compared step by
 step: the largest relative differences in the norm of any parameter's gradient at any
-step, and in all weights at the end. One clip has a norm for each layer. With
-`--clip layer` the script prints these tables (and one of layers for bfloat16):
+step, and in all weights at the end. One clip has a norm for each layer. The output ends
+like this (the table of layers for bfloat16 is left out):
 
                               state on   final                  largest difference
 dtype     clip       seed devs a device    loss clipped skipped of a norm of weights
-float32   layer 0.5     0    4    25.1%  2.8196      37       1   2.0e-06    1.3e-06
-bfloat16  layer 0.5     0    4    25.1%  2.8199      37       1   4.4e-03    4.3e-04
+float32   percentile    0    4    25.2%  2.8108      39       1   6.6e-07    4.1e-07
+float32   layer 0.5     0    4    25.1%  2.8196      37       1   2.2e-06    1.5e-06
+bfloat16  percentile    0    4    25.2%  2.8113      39       1   5.4e-03    5.9e-04
+bfloat16  layer 0.5     0    4    25.1%  2.8200      37       1   5.2e-03    4.0e-04
 
 float32, layer 0.5      median norm  at step 15   difference
-blocks/0                      0.303        61.73     8.7e-07
-blocks/1                      0.204        57.05     7.7e-07
-characters/embedding          0.141        35.28     2.0e-06
-head/kernel                   0.650       130.97     9.8e-07
-norm/scale                    0.061        12.85     6.5e-07
-positions/embedding           0.114        22.27     9.8e-07
-
-With `--clip percentile,leaf --seeds 3`:
-
-                              state on   final                  largest difference
-dtype     clip       seed devs a device    loss clipped skipped of a norm of weights
-float32   percentile    0    4    25.2%  2.4787      39       1   1.1e-06    3.8e-07
-float32   percentile    1    4    25.2%  2.5560      39       1   6.1e-07    2.4e-07
-float32   percentile    2    4    25.2%  2.6056      39       1   6.8e-07    3.2e-07
-float32   leaf 0.5      0    4    25.1%  2.5288      31       1   7.9e-06    2.4e-06
-float32   leaf 0.5      1    4    25.1%  2.6022      28       1   5.7e-07    2.6e-07
-float32   leaf 0.5      2    4    25.1%  2.6446      34       1   1.6e-06    7.1e-07
-bfloat16  percentile    0    4    25.2%  2.4783      39       1   5.0e-03    4.8e-04
-bfloat16  percentile    1    4    25.2%  2.5558      39       1   7.1e-03    4.1e-04
-bfloat16  percentile    2    4    25.2%  2.6059      39       1   5.0e-03    7.1e-04
-bfloat16  leaf 0.5      0    4    25.1%  2.5286      31       1   4.1e-03    3.2e-04
-bfloat16  leaf 0.5      1    4    25.1%  2.6025      28       1   4.7e-03    2.3e-04
-bfloat16  leaf 0.5      2    4    25.1%  2.6440      34       1   4.6e-03    5.1e-04
+blocks/0                      0.303        61.73     8.9e-07
+blocks/1                      0.204        57.05     6.4e-07
+characters/embedding          0.141        35.28     2.2e-06
+head/kernel                   0.650       130.97     8.9e-07
+norm/scale                    0.061        12.85     8.3e-07
+positions/embedding           0.114        22.27     1.1e-06
 
 The suffix of a name lists the axes of its array: B batch, T time, 1 one more, D width,
 H heads, K width of a head, V vocabulary.
