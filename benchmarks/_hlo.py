@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from optaxclip._norms import RARE
+
 # One line of a program: name, type, operation, operands and attributes.
 _LINE = re.compile(
     r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$", re.MULTILINE
@@ -64,7 +66,9 @@ def figures(compiled: Any) -> dict[str, Any]:
 class Program:
     """A compiled program, read as it runs in an ordinary step.
 
-    Of a conditional, the branch that moves most counts. The body of a loop counts once.
+    Of a conditional that is the branch that moves most, and for the sums that are taken
+    again only where squares overflow or vanish, the one that moves least. The body of a
+    loop counts once.
     """
 
     def __init__(self, text: str) -> None:
@@ -115,7 +119,8 @@ class Program:
         if line.op == "call":
             return [line.calls("to_apply")]
         if line.op == "conditional":
-            return [max(line.branches, key=self.bytes_moved)]
+            taken = min if RARE in line.rest else max
+            return [taken(line.branches, key=self.bytes_moved)]
         return []
 
 

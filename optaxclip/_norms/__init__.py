@@ -10,6 +10,7 @@ from optaxclip._norms.gradients import widen as widen
 from optaxclip._norms.groups import GroupNorms as GroupNorms
 from optaxclip._norms.groups import prefix_of as prefix_of
 from optaxclip._norms.maximum import largest as largest
+from optaxclip._norms.roots import RARE as RARE
 from optaxclip._norms.shares import AxisName as AxisName
 from optaxclip._norms.shares import depth_of_caller as depth_of_caller
 from optaxclip._norms.shares import initialising as initialising

@@ -4,6 +4,7 @@ The derivative, g / |g|, is given in closed form, which makes it finite at zero.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._norms.gradients import accumulator, widen
-from optaxclip._norms.shares import MeshAxes, reduce_sum, reduce_totals
-from optaxclip._norms.squares import Axes, Sums, root, sums_of_squares, with_room
+from optaxclip._norms.roots import roots
+from optaxclip._norms.shares import MeshAxes, reduce_sum, reduce_totals, whole_size
+from optaxclip._norms.squares import Axes, Units, sums_of_squares
 
 Shares = tuple[MeshAxes, ...]  # for each leaf
 Arrays = list[jax.Array]
@@ -62,16 +64,17 @@ def _norms(leaves: Arrays, by: By, shares: Shares) -> Arrays:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _closed_form(leaves: Arrays, by: By, shares: Shares) -> Arrays:
-    def take(leaves: Arrays, dtype: Any) -> Arrays:
-        if isinstance(by, Groups):
-            sums = _group_sums(leaves, by, shares, dtype)
-            dtypes = [accumulator(*x) for x in by.members([x.dtype for x in leaves])]
-        else:
-            sums = _separate_sums(leaves, by, shares, dtype)
-            dtypes = [accumulator(x.dtype) for x in leaves]
-        return [root(x).astype(dtype) for x, dtype in zip(sums, dtypes, strict=True)]
-
-    return with_room(take, leaves)
+    if isinstance(by, Groups):
+        sizes = [whole_size(x, share) for x, share in zip(leaves, shares, strict=True)]
+        counts = [sum(group) for group in by.members(sizes)]
+        dtypes = [accumulator(*x) for x in by.members([x.dtype for x in leaves])]
+        sums = functools.partial(_group_sums, groups=by, shares=shares)
+    else:
+        counts = [_count(*row) for row in zip(leaves, by, shares, strict=True)]
+        dtypes = [accumulator(x.dtype) for x in leaves]
+        sums = functools.partial(_separate_sums, axes=by, shares=shares)
+    norms = roots(leaves, sums, counts)
+    return [norm.astype(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
 
 
 @_closed_form.defjvp
@@ -104,15 +107,16 @@ def _closed_form_jvp(
 
 
 def _group_sums(
-    leaves: Arrays, groups: Groups, shares: Shares, dtype: Any
-) -> list[Sums]:
-    sums = sums_of_squares(leaves, [None] * len(leaves), dtype)
-    units = list(zip(*sums, strict=True))
+    leaves: Arrays, units: Sequence[Units], groups: Groups, shares: Shares
+) -> list[Arrays]:
+    of_leaves = [of and [of[group] for group in groups.of] for of in units]
+    dtype = accumulator(*(x.dtype for x in leaves))
+    sums = sums_of_squares(leaves, [None] * len(leaves), of_leaves, dtype)
     # One reduction over devices for all groups in all units.
-    members = [group for unit in units for group in groups.members(unit)]
+    members = [group for of in sums for group in groups.members(of)]
     totals = reduce_totals(members, groups.members(shares) * len(units), _total)
     count = len(totals) // len(units)
-    return [tuple(totals[group::count]) for group in range(count)]
+    return [totals[i : i + count] for i in range(0, len(totals), count)]
 
 
 def _total(sums: Arrays) -> jax.Array:
@@ -125,7 +129,17 @@ def _total(sums: Arrays) -> jax.Array:
 
 
 def _separate_sums(
-    leaves: Arrays, axes: Sequence[Axes], shares: Shares, dtype: Any
-) -> list[Sums]:
-    rows = zip(sums_of_squares(leaves, axes, dtype), shares, strict=True)
-    return [tuple(reduce_sum(x, share) for x in sums) for sums, share in rows]
+    leaves: Arrays, units: Sequence[Units], axes: Sequence[Axes], shares: Shares
+) -> list[Arrays]:
+    dtype = accumulator(*(x.dtype for x in leaves))
+    return [
+        [reduce_sum(x, share) for x, share in zip(row, shares, strict=True)]
+        for row in sums_of_squares(leaves, axes, units, dtype)
+    ]
+
+
+def _count(leaf: jax.Array, axis: Axes, share: MeshAxes) -> int:
+    """The number of elements that one norm measures, over all devices."""
+    if axis is None:
+        return whole_size(leaf, share)
+    return math.prod(leaf.shape[i] for i in axis)

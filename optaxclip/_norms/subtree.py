@@ -43,7 +43,8 @@ def subtree_norm(
       A dict from the name of each group to its norm, a float32 scalar (float64 if a
       leaf of the group is float64). By ``depth``, the name is the path of the subtree,
       such as ``"layers/0"``. Leaves that are not gradients are not counted, and a group
-      without gradients is not in the dict.
+      without gradients is not in the dict. On a CPU, groups whose elements are all
+      below 1e-19 have norm 0, unless that is true of all groups.
 
     Raises:
       ValueError: as :func:`global_norm` does; ``depth`` is not a positive integer; or

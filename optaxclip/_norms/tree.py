@@ -87,7 +87,8 @@ def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTr
     Returns:
       A tree of float32 scalars (float64 for float64 leaves), with an
       ``optax.MaskedNode`` in place of each leaf that is not a gradient. A leaf without
-      elements has norm 0.
+      elements has norm 0. On a CPU, so does a leaf whose elements are all below 1e-19,
+      because their squares vanish, unless the squares of all leaves vanish.
 
     Raises:
       ValueError: as :func:`global_norm` does.

@@ -130,10 +130,17 @@ def test_leaves_of_very_different_magnitude(data):
     assert state.nonfinite_count == 0
 
 
-def test_a_sum_is_one_number_on_a_cpu_and_three_elsewhere(platform):
+def test_only_a_cpu_has_a_branch_and_elsewhere_there_are_three_sums(platform):
     lowered = jax.jit(optaxclip.global_norm).lower(jnp.ones(3)).as_text()
-    assert lowered.count("stablehlo.reduce(") == {"cpu": 1, "default": 3}[platform]
-    assert ("f64" in lowered) == (platform == "cpu")
+    assert ("stablehlo.case" in lowered) == (platform == "cpu")
+    sums = lowered.count("applies stablehlo.add")
+    assert sums == {"cpu": 2, "default": 3}[platform]
+
+
+def test_without_a_branch_a_tiny_leaf_has_its_own_norm(platform):
+    norms = optaxclip.leaf_norm([jnp.full(4, 1e-25), jnp.ones(4)])
+    own = 0.0 if platform == "cpu" else 2e-25
+    np.testing.assert_allclose(norms, [own, 2.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

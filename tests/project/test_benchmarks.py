@@ -107,7 +107,7 @@ def test_bytes_of_main_memory_are_counted_once():
     assert _hlo.Program(PROGRAM).bytes_moved() == 48 + 16 + 64 + 64 + 32
 
 
-CONDITIONAL = """\
+RARE = """\
 %again (a: f32[8]) -> f32[] {
   %a = f32[8] parameter(0)
   %s = f32[] reduce(%a), to_apply=%add
@@ -122,11 +122,12 @@ ENTRY %main (p: pred[], a: f32[8], n: f32[]) -> f32[] {
   %p = pred[] parameter(0)
   %a = f32[8] parameter(1)
   %n = f32[] parameter(2)
-  ROOT %c = f32[] conditional(%p, %a, %n), BRANCHES
+  ROOT %c = f32[] conditional(%p, %a, %n), SCOPE
 }
 """
 
 
+@pytest.mark.parametrize(("scope", "moved", "reduced"), [("x", 44, 1), ("RARE", 0, 0)])
 @pytest.mark.parametrize(
     "branches",
     [
@@ -134,10 +135,15 @@ ENTRY %main (p: pred[], a: f32[8], n: f32[]) -> f32[] {
         "true_computation=%not, false_computation=%again",
     ],
 )
-def test_of_a_conditional_the_branch_counts_that_moves_most(branches):
-    program = _hlo.Program(CONDITIONAL.replace("BRANCHES", branches))
-    assert program.bytes_moved() == 44
-    assert sum(line.op == "all-reduce" for line in program.ordinary()) == 1
+def test_sums_in_other_units_are_no_part_of_an_ordinary_step(
+    scope, moved, reduced, branches
+):
+    scope = (
+        f'{branches}, metadata={{op_name="{_hlo.RARE if scope == "RARE" else scope}"}}'
+    )
+    program = _hlo.Program(RARE.replace("SCOPE", scope))
+    assert program.bytes_moved() == moved
+    assert sum(line.op == "all-reduce" for line in program.ordinary()) == reduced
 
 
 def test_collectives_are_counted_with_their_bytes():

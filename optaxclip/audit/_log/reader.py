@@ -28,8 +28,8 @@ class Parsed(NamedTuple):
 def read(path: str | os.PathLike[str] | LogData) -> LogData:
     r"""Reads a log that :class:`ClipLog` wrote, while it is being written too.
 
-    If the run went back to an earlier step, the rows from that step on are dropped. If a
-    step has several rows, the last one counts. Steps without a row are ``missed``.
+    If the run went back to an earlier step, the rows from that step on are dropped. If
+    a step has several rows, the last one counts. Steps without a row are ``missed``.
 
     Args:
       path: The file, or the :class:`ClipLog` that writes it. What this function

@@ -45,8 +45,8 @@ def compare(rules: Mapping[str, Threshold | Rule], norms: Norms) -> tuple[Outcom
       norms: A log or an array of shape (steps,), as in :func:`replay`.
 
     Returns:
-      An :class:`Outcome` for each rule, in their order. If no norm is finite, shares, scales
-      and norms are NaN.
+      An :class:`Outcome` for each rule, in their order. If no norm is finite, shares,
+      scales and norms are NaN.
 
     Raises:
       ValueError: ``norms`` is not one-dimensional, or has a negative element.
