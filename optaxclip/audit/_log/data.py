@@ -40,7 +40,7 @@ class LogData:
 
     @property
     def missing(self) -> int:
-        """How many steps are missing: those of all gaps."""
+        """The number of steps without a row, in all gaps together."""
         return sum(last - first + 1 for first, last in self.missed)
 
     def nonfinite_leaves(self, step: int) -> tuple[str, ...]:
