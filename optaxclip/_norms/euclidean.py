@@ -120,8 +120,8 @@ def _group_sums(
 
 
 def _total(sums: Arrays) -> jax.Array:
-    # In pairs, which rounds less than one after the other. XLA takes additions and
-    # all-reduces for what they are and reduces a single number over the devices.
+    # In pairs, which loses less to rounding than one after the other. Of sums that are
+    # added, XLA makes one all-reduce of a single number; of stacked ones it does not.
     while len(sums) > 1:
         pairs = zip(sums[::2], sums[1::2], strict=False)
         sums = [a + b for a, b in pairs] + sums[len(sums) // 2 * 2 :]

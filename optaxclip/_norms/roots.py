@@ -10,6 +10,7 @@ times. There, the plain sum is taken first. Only if one overflowed or nearly van
 conditional takes the sums again in a unit that fits.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,13 +37,11 @@ def roots(leaves: Arrays, sums: Sums, counts: Sequence[int]) -> Arrays:
     if all(_squares_fit(x.dtype) for x in leaves):
         return [jnp.sqrt(total) for total in sums(leaves, [None])[0]]
 
-    def with_branch(leaves: Arrays) -> Arrays:
-        return _with_branch(leaves, sums, counts)
-
-    def in_three_units(leaves: Arrays) -> Arrays:
-        return _in_three_units(leaves, sums, len(counts))
-
-    return lax.platform_dependent(leaves, cpu=with_branch, default=in_three_units)
+    return lax.platform_dependent(
+        leaves,
+        cpu=functools.partial(_with_branch, sums=sums, counts=counts),
+        default=functools.partial(_in_three_units, sums=sums, count=len(counts)),
+    )
 
 
 def _in_three_units(leaves: Arrays, sums: Sums, count: int) -> Arrays:

@@ -112,9 +112,10 @@ def test_a_replay_is_the_clip(name):
     thresholds = np.where(thresholds == no_bound, np.inf, thresholds)
     np.testing.assert_array_equal(measured, norms)
     replayed = replay(RULES[name], norms)
-    # Two programs need not round the last bits alike.
-    np.testing.assert_allclose(replayed.thresholds, thresholds, rtol=1e-6)
-    np.testing.assert_allclose(replayed.scales, scales, rtol=1e-6)
+    # XLA of newer JAX fuses the two programs differently, which rounds differently.
+    rtol = 0 if jax.__version_info__ < (0, 11) else 1e-6
+    np.testing.assert_allclose(replayed.thresholds, thresholds, rtol=rtol)
+    np.testing.assert_allclose(replayed.scales, scales, rtol=rtol)
 
 
 def test_every_leaf_has_a_memory_of_its_own():

@@ -80,7 +80,7 @@ def exponents(dtype):
 @every_dtype
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=150)
-@pytest.mark.sample(1)
+@pytest.mark.sample(2)
 def test_norm_and_clip_over_the_whole_range(dtype, data):
     exponent = data.draw(exponents(dtype), label="exponent")
     tree = tree_of(data.draw(mantissas), 2.0**exponent, dtype)
