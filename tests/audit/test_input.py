@@ -82,7 +82,7 @@ def test_a_log_draws_itself(path):
     data = read(path)
     html = data._repr_html_()
     assert html.startswith(PRE + "60 steps (0 to 59)")
-    assert html.count("<img ") == 1
+    assert html.count("<img ") == html.count("background: white") == 1
     axes = data.plot().axes
     assert [a.get_ylabel() for a in axes] == [
         "gradient norm",

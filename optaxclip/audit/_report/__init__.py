@@ -31,4 +31,6 @@ def cell(data: LogData, words: str | None = None) -> str:
         from optaxclip.audit._report.stills import image
     except ImportError:  # of Matplotlib
         return told
-    return told + image({"": data}) if len(data.step) else told
+    # Black letters on nothing cannot be read in a notebook that is dark.
+    style = "max-width: 100%; background: white"
+    return told + image({"": data}, style) if len(data.step) else told

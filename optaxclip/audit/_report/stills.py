@@ -15,10 +15,10 @@ from optaxclip.audit._report import figures
 from optaxclip.audit._report import statistics as stats
 
 
-def image(runs: Mapping[str, LogData]) -> str:
-    """An ``img`` element that holds the plot of runs."""
+def image(runs: Mapping[str, LogData], style: str = "max-width: 100%") -> str:
+    """An ``img`` element that holds the plot of runs, on a background of ``style``."""
     alt = html.escape(alternative(runs))
-    return f'<img src="{uri(runs)}" alt="{alt}" style="max-width: 100%">'
+    return f'<img src="{uri(runs)}" alt="{alt}" style="{style}">'
 
 
 def uri(runs: Mapping[str, LogData]) -> str:
