@@ -16,9 +16,9 @@ def clipped(module, grads, max_norm=1.0):
 
 
 def test_many_bfloat16_leaves():
-    leaves = [jnp.ones((), jnp.bfloat16)] * 2000
+    leaves = [jnp.ones((), jnp.bfloat16)] * 400
     assert optax.tree.norm(leaves) == 16
-    assert optaxclip.global_norm(leaves) == pytest.approx(44.72, abs=0.005)
+    assert optaxclip.global_norm(leaves) == 20
 
 
 def test_float16_whose_square_overflows():
