@@ -94,7 +94,7 @@ def compile_fast(request):
 
 
 def without_mlir(*args, **kwargs):
-    """As XLA for CPU compiled before it had MLIR for each fusion: three times as fast."""
+    """Compiles as XLA for CPU did before it had MLIR: three times as fast."""
     options = get_compile_options(*args, **kwargs)
     options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
     return options
