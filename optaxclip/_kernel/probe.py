@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ def check_rule(
     state: PyTree = jax.eval_shape(rule.init, norms)
     if any(map(_is_own, jax.tree.leaves(state, is_leaf=_is_own))):
         got = "a clip or a skip"
-    elif _is_negative(rule) and not _has_schedule(state):
+    elif _is_negative(rule, norms) and not _has_schedule(state):
         got = "one whose thresholds are negative, as the updates of an optimizer are"
     else:
         return
@@ -49,12 +50,20 @@ def _has_schedule(state: PyTree) -> bool:
     return any(map(is_schedule, jax.tree.leaves(state, is_leaf=is_schedule)))
 
 
-def _is_negative(rule: optax.GradientTransformationExtraArgs) -> bool:
+def _is_negative(rule: optax.GradientTransformationExtraArgs, norms: Norms) -> bool:
     """Whether a norm of 1 gets a threshold below 0, as far as that can be told."""
+    one = jnp.ones((), jnp.float32)
+    told = _of(rule, one)
+    if told is None and isinstance(norms, Mapping):  # it may need the names
+        told = _of(rule, dict.fromkeys(norms, one))
+    return bool(told)
+
+
+def _of(rule: optax.GradientTransformationExtraArgs, ones: Norms) -> bool | None:
+    """Whether some of these norms gets a threshold below 0; None for an error."""
     with jax.ensure_compile_time_eval():
         try:
-            norm = jnp.ones((), jnp.float32)
-            threshold, _ = rule.update(norm, rule.init(norm), norm)
-            return bool(np.all(np.asarray(threshold) < 0))
+            thresholds, _ = rule.update(ones, rule.init(ones), ones)
+            return any(np.all(np.asarray(x) < 0) for x in jax.tree.leaves(thresholds))
         except Exception:  # names, extra arguments, traced numbers, no devices
-            return False
+            return None

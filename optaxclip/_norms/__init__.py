@@ -12,6 +12,7 @@ from optaxclip._norms.groups import prefix_of as prefix_of
 from optaxclip._norms.maximum import largest as largest
 from optaxclip._norms.roots import RARE as RARE
 from optaxclip._norms.shares import AxisName as AxisName
+from optaxclip._norms.shares import as_told as as_told
 from optaxclip._norms.shares import depth_of_caller as depth_of_caller
 from optaxclip._norms.shares import initialising as initialising
 from optaxclip._norms.shares import same_on_all_devices as same_on_all_devices

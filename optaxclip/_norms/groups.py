@@ -30,6 +30,10 @@ class GroupNorms(dict[str, jax.Array]):
         super().__init__(norms)
         self._groups, self._treedef = tuple(groups), treedef
 
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        """Pickled as a plain dict, because a ``PyTreeDef`` cannot be."""
+        return dict, (dict(self),)
+
     def holding(self, values: Mapping[str, Any]) -> GroupNorms:
         """Other values for the same groups."""
         pairs = ((name, values[name]) for name in self)

@@ -27,6 +27,7 @@ MeshAxes = tuple[str, ...]
 _initialising = contextvars.ContextVar("initialising", default=False)
 _warned = contextvars.ContextVar("warned", default=False)
 _as_whole = contextvars.ContextVar("as_whole", default=False)
+_as_told = contextvars.ContextVar("as_told", default=False)
 
 
 def initialising() -> contextlib.AbstractContextManager[None]:
@@ -50,9 +51,26 @@ def taken_as_whole() -> Iterator[None]:
         yield
 
 
+def as_told() -> contextlib.AbstractContextManager[None]:
+    """Inside it ``axis_name`` alone says over which axes to sum, and no type does."""
+    return _within(_as_told)
+
+
+def refuse_shares(call: str, shares: Sequence[MeshAxes]) -> None:
+    """Refuses shares of leaves, unless ``axis_name`` alone has told of them."""
+    if any(shares) and not _as_told.get():
+        raise ValueError(
+            f"`{call}(tree=...)` must hold whole leaves, got shares of them over the "
+            f"mesh axes {sorted({axis for axes in shares for axis in axes})}: nothing "
+            "says which units they belong to. Measure units under `jit` instead."
+        )
+
+
 def shares_of(call: str, gradients: PyTree, axis_name: AxisName) -> list[MeshAxes]:
     """For each leaf, the axes over which devices hold different shares of it."""
     _refuse_unreduced(call, gradients)
+    if _as_told.get():
+        return [tuple(sorted(axes)) for axes in _told(call, gradients, axis_name)]
     leaves, checked = jax.tree.leaves(gradients), _checked_axes()
     told: list[set[str]] = [set()] * len(leaves)
     if axis_name is None and not _initialising.get():

@@ -43,8 +43,10 @@ def subtree_norm(
       A dict from the name of each group to its norm, a float32 scalar (float64 if a
       leaf of the group is float64). By ``depth``, the name is the path of the subtree,
       such as ``"layers/0"``. Leaves that are not gradients are not counted, and a group
-      without gradients is not in the dict. On a CPU, groups whose elements are all
-      below 1e-19 have norm 0, unless that is true of all groups.
+      without gradients is not in the dict. To JAX, the dict is a type of its own,
+      which remembers the groups: ``dict(norms)`` makes a plain one, to be combined with
+      other dicts in ``jax.tree.map``, ``scan`` or ``cond``. On a CPU, groups whose
+      elements are all below 1e-19 have norm 0, unless that is true of all groups.
 
     Raises:
       ValueError: as :func:`global_norm` does; ``depth`` is not a positive integer; or

@@ -24,6 +24,7 @@ from optaxclip._norms.shares import (
     MeshAxes,
     reduce_sum,
     reduce_totals,
+    refuse_shares,
     shares_of,
     whole_size,
 )
@@ -144,12 +145,7 @@ def unit_norm(
     check_ord("unit_norm", ord)
     gradients = split(tree).gradients
     shares = shares_of("unit_norm", gradients, axis_name)
-    if any(shares):
-        raise ValueError(
-            "`unit_norm(tree=...)` must hold whole leaves, got shares of them over the "
-            f"mesh axes {sorted({axis for axes in shares for axis in axes})}: nothing "
-            "says which units they belong to. Measure units under `jit` instead."
-        )
+    refuse_shares("unit_norm", shares)
     return _separate(gradients, resolve(axis, gradients), shares, ord)
 
 

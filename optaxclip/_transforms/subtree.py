@@ -11,12 +11,13 @@ import optax
 from optaxclip import _checks
 from optaxclip._kernel import clip_by
 from optaxclip._norms import AxisName, subtree_norm
+from optaxclip._show import chosen, default
 from optaxclip._thresholds import Rule, Threshold, as_rule, rule_by_name
 
 
 def clip_by_subtree_norm(
     max_norm: Threshold | Rule | Mapping[str, Any],
-    depth: int = 1,
+    depth: int = default(1),
     *,
     group: Callable[[str], str] | None = None,
     axis_name: AxisName = None,
@@ -61,6 +62,7 @@ def clip_by_subtree_norm(
       [0.6 0. ] [0.5 0. ]
     """
     call = "clip_by_subtree_norm"
+    depth = chosen(depth)
     _checks.count(call, "depth", depth)
     if isinstance(max_norm, Mapping):
         rule = rule_by_name(call, "max_norm", max_norm)

@@ -13,7 +13,7 @@ import optax
 from optaxclip import _checks
 from optaxclip._kernel import ClipState, all_of, clip_by, count_if
 from optaxclip._norms import AxisName, accumulator, leaf_norm, scaled, split, widen
-from optaxclip._show import shown
+from optaxclip._show import chosen, default, shown
 from optaxclip._thresholds import Number, like, no_bound
 from optaxclip.contrib._names import names_of
 from optaxclip.contrib._weight import weight
@@ -34,7 +34,7 @@ class CoordinateState(NamedTuple):
 def clip_coordinate_spikes(
     factor: Number = 5000.0,
     decay: Number = 0.999,
-    warmup: int = 20,
+    warmup: int = default(20),
     *,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -74,8 +74,9 @@ def clip_coordinate_spikes(
       A transformation with :class:`CoordinateState`; dtypes are kept. In the metrics,
       the norm of a leaf is its largest :math:`|g_i| / \sqrt{\theta \hat v_i}` (0 in the
       warm-up), the threshold is 1, and the scale is that of the element which was cut
-      most. A step with NaN or infinity is not recorded; once there is a bound, infinite
-      real elements become it, and NaN stays NaN.
+      most. Elements whose usual size is below 1e-18 or above 1e17 pass, because their
+      squares do not fit float32. A step with NaN or infinity is not recorded; once
+      there is a bound, infinite real elements become it, and NaN stays NaN.
 
     Raises:
       ValueError: ``factor`` is not positive, ``decay`` outside [0, 1), or ``warmup``
@@ -99,6 +100,7 @@ def clip_coordinate_spikes(
     call = "clip_coordinate_spikes"
     _checks.check(call, "factor", factor, lambda x: x > 0, "positive")
     _checks.check(call, "decay", decay, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
+    warmup = chosen(warmup)
     _checks.count(call, "warmup", warmup)
     largest = functools.partial(leaf_norm, ord=math.inf)
 

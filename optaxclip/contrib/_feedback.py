@@ -52,8 +52,9 @@ def with_error_feedback(
     Returns:
       A transformation with :class:`FeedbackState`; dtypes are kept. It keeps a float32
       tree of the size of the gradients (float64 for float64 leaves), and the clip sees
-      gradients in these dtypes. A step with a norm that is not finite leaves the errors
-      as they were.
+      gradients in these dtypes. In a step where the norm of gradients and errors
+      together is not finite, or above 5e36 in float32, the clip gets the gradients
+      alone, and the errors stay as they were.
 
     Raises:
       ValueError: ``clip`` is no transformation; or, in ``update``, the updates have
@@ -100,18 +101,29 @@ def with_error_feedback(
         gradients, restore = split(updates)
         leaves, treedef = jax.tree.flatten(gradients)
         names = names_of(gradients, errors)
-        finite = jnp.isfinite(global_norm(gradients, axis_name=axis_name))
         wide = [widen(x, accumulator(x.dtype)) for x in leaves]
         sums = [x + errors[name] for x, name in zip(wide, names, strict=True)]
+        norm = global_norm(treedef.unflatten(sums), axis_name=axis_name)
+        # A clip cannot scale down what is nearly infinite; as an error it would stay.
+        fits = norm < 2.0**-6 * jnp.finfo(norm.dtype).max
+        sums = [jnp.where(fits, *row) for row in zip(sums, wide, strict=True)]
         clipped, inner_state = inner.update(
             restore(treedef.unflatten(sums)), inner_state, params, **extra_args
         )
         sent = jax.tree.leaves(split(clipped).gradients)
-        sent = [x.astype(leaf.dtype) for x, leaf in zip(sent, leaves, strict=True)]
+        sent = [_narrowed(x, leaf.dtype) for x, leaf in zip(sent, leaves, strict=True)]
         new = dict(errors)
         for name, total, part in zip(names, sums, sent, strict=True):
             left = total - part.astype(total.dtype)
-            new[name] = jnp.where(finite, left, errors[name])
+            new[name] = jnp.where(fits, left, errors[name])
         return restore(treedef.unflatten(sent)), FeedbackState(new, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """Finite numbers in a dtype, at most its largest one: the rest is fed back."""
+    if jnp.iscomplexobj(x):  # which was not widened
+        return x.astype(dtype)
+    most = float(jnp.finfo(dtype).max)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x).astype(dtype)

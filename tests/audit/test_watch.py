@@ -138,6 +138,7 @@ def test_ctrl_c_ends_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # the child starts Python
 @pytest.mark.parametrize("key", [b"q", b"\x03"])
 def test_in_a_terminal(tmp_path, key):
     path = logs.write(tmp_path / "run.jsonl", rows(0, 9))

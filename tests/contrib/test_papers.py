@@ -263,3 +263,38 @@ def test_error_feedback_sends_what_rounding_left_out():
     np.testing.assert_allclose(
         sent + state.feedback_error[""], 32 * np.float64(grad), rtol=1e-5
     )
+
+
+def test_error_feedback_that_does_not_fit_leaves_no_trace():
+    tx = contrib.with_error_feedback(optaxclip.clip_by_global_norm(1.0))
+    state = tx.init(jnp.zeros(1))
+    for grad in [3.0, 3e38, np.inf, np.nan, 3e38]:
+        update, state = tx.update(jnp.array([grad]), state)
+        np.testing.assert_array_equal(state.feedback_error[""], [2.0])
+    for grad, left in [(0.5, 1.5), (0.0, 0.5), (0.0, 0.0)]:
+        update, state = tx.update(jnp.array([grad]), state)
+        np.testing.assert_allclose(state.feedback_error[""], [left], atol=1e-6)
+    np.testing.assert_array_equal(update, [0.5])
+
+
+def test_error_feedback_saturates_in_the_dtype_of_the_leaf():
+    open_at_last = optaxclip.clip_by_global_norm(lambda i: jnp.where(i < 5, 1.0, 1e6))
+    tx, grad = contrib.with_error_feedback(open_at_last), jnp.full(4, 3e4, jnp.float16)
+    state, sent = tx.init(grad), np.zeros(4)
+    for i in range(10):
+        update, state = tx.update(grad, state)
+        assert np.all(np.isfinite(update))
+        if i == 5:
+            np.testing.assert_array_equal(update, np.finfo(np.float16).max)
+        sent += np.asarray(update, np.float64)
+    left = state.feedback_error[""]
+    np.testing.assert_allclose(sent + left, np.full(4, 10 * 3e4), rtol=1e-5)
+
+
+def test_the_derivative_of_clippy_where_nothing_moves():
+    tx, params = contrib.clippy(0.5, 0.0), jnp.array([0.0, 4.0])
+
+    def clipped(update):
+        return jnp.sum(tx.update(update, tx.init(params), params)[0])
+
+    np.testing.assert_allclose(jax.grad(clipped)(jnp.array([0.0, 1.0])), [1, 1])

@@ -1,6 +1,7 @@
 """Norms of groups of leaves, and thresholds by the name of a norm."""
 
 import functools
+import pickle
 
 import equinox as eqx
 import flax.linen
@@ -27,6 +28,13 @@ GROUPS = {
     2: {"encoder/0": 2, "encoder/1": 1, "head/bias": 1, "head/kernel": 1, "scale": 1},
     "last": {"kernel": 3, "bias": 2, "scale": 1},
 }
+
+
+def test_norms_are_pickled_as_a_plain_dict():
+    norms = optaxclip.subtree_norm({"a": jnp.ones(4), "b": jnp.zeros(2)})
+    again = pickle.loads(pickle.dumps(norms))
+    assert type(again) is dict
+    assert again == {"a": 2.0, "b": 0.0}
 
 
 def last(path):

@@ -1,5 +1,7 @@
 """The gradient that flows back through one value, clipped there."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,35 @@ def test_shards_are_measured_together():
     np.testing.assert_array_equal(cut, jnp.clip(g, -1, 1))
 
 
+def on_shards(fun, **kwargs):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    return jax.jit(
+        jax.shard_map(fun, mesh=mesh, in_specs=P("x"), out_specs=P("x"), **kwargs)
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_that_share_a_batch_clip_by_example(check_vma):
+    g, on = array(16, 3), functools.partial(on_shards, check_vma=check_vma)
+    expected = pulled(g, 1.0, axis=-1)
+    assert np.mean(np.linalg.norm(g, axis=1) > 1) > 0.5
+    by_axis = on(lambda g: pulled(g, 1.0, axis=-1, axis_name=()))
+    np.testing.assert_allclose(by_axis(g), expected, rtol=1e-6)
+    by_vmap = on(jax.vmap(lambda g: pulled(g, 1.0, axis_name=())))
+    np.testing.assert_allclose(by_vmap(g), expected, rtol=1e-6)
+
+
+def test_units_that_are_split_are_summed_over_the_axes_that_are_named():
+    g = array(3, 16)
+    split = on_shards(lambda g: pulled(g.T, 1.0, axis=-1, axis_name="x").T)
+    np.testing.assert_allclose(split(g.T), pulled(g, 1.0, axis=-1).T, rtol=1e-6)
+
+
+def test_units_of_what_varies_over_devices_may_be_split():
+    with pytest.raises(ValueError, match=r"clip_cotangent\(axis_name=.*\['x'\].*None"):
+        on_shards(lambda g: pulled(g, 1.0, axis=-1))(array(16, 3))
+
+
 def test_the_second_derivative_is_that_of_the_clipped_gradient():
     def gradient(x):
         return jax.grad(lambda x: jnp.sum(optaxclip.clip_cotangent(x, 1.0) ** 3))(x)
@@ -132,6 +163,8 @@ def test_the_second_derivative_is_that_of_the_clipped_gradient():
         d = step * jnp.eye(2)[i]
         finite = (gradient(x + d)[0] - gradient(x - d)[0]) / (2 * step)
         np.testing.assert_allclose(slope[i], finite, rtol=1e-2, atol=1e-3)
+    _, forward = jax.jvp(gradient, (x,), (jnp.array([1.0, 0.0]),))
+    np.testing.assert_allclose(forward, jax.jacrev(gradient)(x)[:, 0], rtol=1e-5)
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda x: optaxclip.clip_cotangent(x, 1.0), (x,), (x,))
 
@@ -143,6 +176,28 @@ def test_a_bound_may_be_traced_and_has_no_gradient():
     dx, dbound = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.ones(4), 2.0)
     np.testing.assert_allclose(dx, np.ones(4), rtol=1e-6)
     assert dbound == 0
+    for name in ("max_norm", "max_value"):
+        many = pulled(jnp.full(4, 2.0), **{name: 2**40})  # which fits no int32
+        np.testing.assert_array_equal(many, np.full(4, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_norm": jnp.ones(3)}, r"max_norm=.*broadcasts to \(\), .*shape \(3,\)"),
+        ({"max_norm": jnp.ones(4), "axis": -1}, r"max_norm=.*broadcasts to \(4, 1\)"),
+        ({"max_value": jnp.ones(3)}, r"max_value=.*broadcasts to \(4, 2\), .*elements"),
+        (
+            {"max_norm": 1.0, "axis": 2},
+            r"axis=.*of an array of shape \(4, 2\), got 2",
+        ),
+        ({"max_norm": 1.0, "axis": [0]}, r"axis=.*tuple of integers, got \[0\]"),
+        ({"max_norm": 1.0, "axis": "x"}, r"axis=.*tuple of integers, got 'x'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_it_is_called(arguments, message):
+    with pytest.raises(ValueError, match=r"`clip_cotangent\(" + message):
+        optaxclip.clip_cotangent(jnp.ones((4, 2)), **arguments)
 
 
 @pytest.mark.parametrize("name", ["max_norm", "max_value"])

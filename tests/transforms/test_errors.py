@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optaxclip
-from optaxclip import unit_axes
+from optaxclip import contrib, unit_axes
 
 GRADS = {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(2)}
 
@@ -299,6 +299,18 @@ MESSAGES = {
         f"`clip_by(threshold=...)` must be {RULE}, got one whose thresholds are "
         f"negative, as the updates of an optimizer are: {CHAINED}.",
     ),
+    "an optimizer for the rule of a name": (
+        lambda: optaxclip.clip_by_subtree_norm({"w": SGD}).init({"w": jnp.ones(2)}),
+        f"`clip_by(threshold=...)` must be {RULE}, got one whose thresholds are "
+        f"negative, as the updates of an optimizer are: {CHAINED}.",
+    ),
+    "an optimizer for all other names": (
+        lambda: optaxclip.skip_by(
+            SGD, optaxclip.leaf_norm, optaxclip.by_name({"w": 1.0}, default=SGD)
+        ).init({"w": jnp.ones(2), "b": jnp.ones(2)}),
+        f"`skip_by(threshold=...)` must be {RULE}, got one whose thresholds are "
+        f"negative, as the updates of an optimizer are: {CHAINED}.",
+    ),
     "a clip for a rule": (
         lambda: optaxclip.skip_by(SGD, threshold=optaxclip.zclip()).init(GRADS),
         f"`skip_by(threshold=...)` must be {RULE}, got a clip or a skip: {CHAINED}.",
@@ -443,6 +455,7 @@ INJECTED = [
     ("clip_by_value", (1.0,)),
     ("clip_by_global_norm", (1.0,)),
     ("clip_by_leaf_norm", (1.0,)),
+    ("clip_by_subtree_norm", (1.0,)),
     ("clip_by_block_rms", (1.0,)),
     ("adaptive_grad_clip", (1.0,)),
     ("clip_by_percentile", ()),
@@ -462,6 +475,15 @@ def test_inject_hyperparams_needs_no_static_args(call, arguments):
     for x, y in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6)
     assert optaxclip.metrics(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [(getattr(optaxclip, call), arguments) for call, arguments in INJECTED]
+    + [(contrib.clip_coordinate_spikes, ())],
+)
+def test_inject_hyperparams_takes_no_default_for_data(make, arguments):
+    optax.inject_hyperparams(make)(*arguments).init(GRADS)
 
 
 def once_of(tx, grads):

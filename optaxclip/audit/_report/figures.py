@@ -101,7 +101,7 @@ def _panels(data: LogData, alone: bool) -> dict[str, list[Line]]:
     if data.skipped.any():
         shares.append(Line("share skipped", *_shares(data, data.skipped), BAD, ":"))
     scale = Line(
-        "scale: what the clip multiplied the gradient by",
+        "scale: what the clip multiplied the norm by",
         *(step, _finite(data.scale[rows]), NORM),
     )
     panels = {"gradient norm": norms + bounds, "scale": [scale]}

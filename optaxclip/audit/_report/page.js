@@ -148,7 +148,7 @@
     }
     add("gradient norm", norm, { log: set.logNorm, height: 240, bands: true });
     if (!alone) add("threshold", lines("threshold", set.logNorm), { log: set.logNorm });
-    add("scale (what the clip multiplied the gradient by)",
+    add("scale (what the clip multiplied the norm by)",
       lines("scale", false, { label: "scale", hue: 0, rough: true }), { most: 1 });
     const skips = runs[0].bands.skipped.length && alone;
     const again = () => [

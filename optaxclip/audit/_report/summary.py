@@ -98,7 +98,7 @@ def _headline(data: LogData) -> str:
         f"{counts} {rest} median norm was {text.number(s.median_norm)}, the 95th "
         f"percentile {text.number(s.p95_norm)}, and the largest "
         f"{text.number(s.largest_norm)}, at step {s.largest_norm_step}{unjudged}. On "
-        f"average the clip multiplied the gradient by {text.number(s.mean_scale)} (the "
+        f"average the clip multiplied the norm by {text.number(s.mean_scale)} (the "
         "scale)."
     )
 
