@@ -267,14 +267,14 @@ def finding(norms, threshold, **more):
     ]
 
 
-HEALTHY = "The run looks healthy"
+HEALTHY = "Nothing stands out in the norms"
 STEADY = 1 + 0.01 * (np.arange(400) % 7)
 DECAY = STEADY * (1 + 19 * np.exp(-np.arange(400) / 8))  # to a twentieth
 FINDINGS = {
     "nothing": (
         finding(STEADY, 2.0),
         "fine",
-        "The run looks healthy",
+        "Nothing stands out in the norms",
         "Of 400 steps, 0 were clipped and 0 skipped.",
     ),
     "over": (
@@ -295,7 +295,7 @@ FINDINGS = {
         "The clip never acted: its threshold is out of reach",
         "is 100 times the median norm and 97.2 times the largest",
     ),
-    "unbounded": (finding(STEADY, np.inf), "notice", "Nothing was bounded", "infinite"),
+    "unbounded": (finding(STEADY, np.inf), "notice", "The clip was off", "infinite"),
     "zeros": (finding(np.zeros(400), 1.0), "problem", "Every norm was 0", "learned"),
     "mostly zeros": (
         finding(np.where(np.arange(400) % 4, 0, STEADY), 2.0),

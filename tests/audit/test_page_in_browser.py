@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium or Chrome")
 INK = """canvas => { const {data} = canvas.getContext("2d")
   .getImageData(0, 0, canvas.width, canvas.height); let ink = 0;
   for (let i = 3; i < data.length; i += 4) ink += data[i] > 0; return ink; }"""
+TOP = "plot => plot.getBoundingClientRect().top + scrollY"
 SEEN = "[...document.images].map(image => image.offsetWidth > 0)"
 
 
@@ -165,6 +166,23 @@ def test_the_keyboard_moves_and_zooms(browser, run):
 
 
 @pytest.mark.slow
+def test_the_step_that_was_read_stays_where_it_is_when_plots_are_drawn_again(
+    browser, run
+):
+    line = ".panel:first-child .u-cursor-x"
+    with opened(browser, run[1]) as page:
+        page.locator("#panels").focus()
+        page.keyboard.press("Home")
+        for _ in range(30):
+            page.keyboard.press("Shift+ArrowRight")
+        place = page.locator(line).bounding_box()["x"]
+        page.get_by_label("Log norms").uncheck()
+        page.get_by_label("Smoothing").select_option("30 steps")
+        assert step_of(page.inner_text("#readout")) == 300
+        assert page.locator(line).bounding_box()["x"] == pytest.approx(place, abs=1)
+
+
+@pytest.mark.slow
 def test_log_linear_smoothing_and_hiding_change_the_plot(browser, run):
     with opened(browser, run[1]) as page:
         picture = plots(page).first.locator("xpath=../..")
@@ -291,7 +309,9 @@ def test_several_runs_lie_over_each_other(browser, tmp_path):
             for path in legend.locator("path").all()
         ]
         assert len(set(dashes)) == 2
+        top = plots(page).first.evaluate(TOP)
         first, second = read_at(page, plots(page).first, 0.33).splitlines()
+        assert plots(page).first.evaluate(TOP) == top  # still under the mouse
         assert first.startswith("a: step 10") or first.startswith("a: step 9")
         assert second.startswith(f"{hostile}: step ")
 

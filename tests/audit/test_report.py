@@ -186,11 +186,12 @@ def test_events_are_rows_of_the_log(long_run):
     assert header[-1] == "largest parameter"
     assert 5 <= len(rows) <= 20
     assert all(float(row[4]) >= 2 for row in rows[5:])
-    for step, norm, threshold, scale, _, action, leaf in rows:
+    for step, norm, threshold, scale, _, loss, action, leaf in rows:
         i = int(step)
         assert norm == number(data.norm[i])
         assert threshold == number(data.threshold[i])
         assert scale == number(data.scale[i])
+        assert loss == ("-" if np.isnan(data.loss[i]) else number(data.loss[i]))
         assert action == ("clipped" if data.clipped[i] else "passed")
         assert leaf == data.leaf_names[np.argmax(data.leaf_norms[i])]
     times = [float(row[4]) for row in rows]

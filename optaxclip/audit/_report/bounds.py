@@ -61,8 +61,8 @@ def under_clipping(data: LogData) -> Finding | None:
     """A threshold that nothing ever came near."""
     s = stats.statistics(data)
     if not np.isfinite(data.threshold).any():
-        detail = "The threshold was infinite in every step: the run was only measured."
-        return Finding("notice", "Nothing was bounded", detail)
+        detail = "The threshold was infinite, so norms were recorded but not limited."
+        return Finding("notice", "The clip was off", detail)
     if not s.largest_norm or s.clipped:
         return None
     if not s.median_threshold > HEADROOM * s.median_norm:

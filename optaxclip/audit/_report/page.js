@@ -272,7 +272,8 @@
     plots.forEach(({ u }) => u.destroy());
     at("panels").replaceChildren();
     plots = panels().map((panel) => draw(panel, at("panels")));
-    if (here !== null) point(here);
+    // uPlot lays its plots out after this call.
+    if (here !== null) Promise.resolve().then(() => point(here));
   }
 
   // -- what moves it
@@ -296,14 +297,22 @@
       if (alone) here = run.x[i];
       const parts = [["norm", run.norm[i]], ["threshold", run.threshold[i]],
         ["scale", run.scale[i]]].map(([name, v]) => `${name} ${number(v)}`);
-      if (Number.isFinite(run.loss[i])) parts.push(`loss ${number(run.loss[i])}`);
+      const lost = run.loss.some(Number.isFinite) && !Number.isFinite(run.norm[i]);
+      if (lost || Number.isFinite(run.loss[i])) parts.push(`loss ${number(run.loss[i])}`);
       parts.push(action & 2 ? "skipped" : action & 1 ? "clipped" : "not clipped");
       if (run.bad[i]) parts.push(`NaN or infinite in ${run.bad[i]}`);
       else if (run.leaders.length) parts.push(
         `largest parameter ${run.leaders[run.leader[i]]} (${number(run.leaderNorm[i])})`);
       return `${alone ? "" : `${run.name}: `}step ${stepName(run.x[i])}: ${parts.join(" · ")}`;
     });
-    at("readout").firstElementChild.textContent = lines.join("\n");
+    say(lines.join("\n"));
+  }
+
+  // Never lower than before, so that the plots stay where the reader points at them.
+  function say(words) {
+    const readout = at("readout");
+    readout.firstElementChild.textContent = words;
+    readout.style.minHeight = `${readout.getBoundingClientRect().height}px`;
   }
 
   function point(x) {
@@ -405,6 +414,10 @@
   at("live").hidden = false;
   document.documentElement.classList.add("live");
   build();
+  const hint = at("readout").firstElementChild.textContent;
+  read(0);
+  here = null;
+  say(hint);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", build);
   new ResizeObserver(() => plots.forEach(({ u, panel }) =>
     u.setSize({ width: at("panels").clientWidth, height: panel.height }))).observe(at("panels"));

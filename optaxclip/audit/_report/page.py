@@ -109,40 +109,53 @@ def _run(number: int, name: str, data: LogData) -> dict[str, Any]:
 
 
 def _events(suffix: str, data: LogData) -> Iterator[Table]:
-    header = "step", "norm", "threshold", "scale", "times usual", "what happened"
+    header = (
+        "step",
+        "norm",
+        "threshold",
+        "scale",
+        "times usual",
+        "loss",
+        "what happened",
+    )
     bad = stats.nonfinite_events(data, EVENTS)
     total = int(np.sum(~np.isfinite(data.norm)))
-    shown = f"all {total:,}"
-    if len(bad) < total:
-        shown = f"the first {EVENTS} of {total:,}"
+    shown = f": the first {EVENTS} of {total:,}" if len(bad) < total else ""
     for name, caption, leaf, events in [
         (
             "largest",
-            "The steps that stand out most: norms compared with the usual norm, the "
-            f"larger of the medians of the {stats.AROUND} norms before and after. The "
+            "The steps that stand out most, and the one with the largest norm. “Times "
+            "usual” compares a norm with the median of the "
+            f"{stats.AROUND} norms before it or after it, whichever is larger. The "
             f"first {stats.FEWEST} norms have no past to compare with.",
             "largest parameter",
             stats.largest_events(data, EVENTS),
         ),
         (
             "nonfinite",
-            f"Steps with a norm of NaN or infinity: {shown}.",
+            f"Steps with a norm of NaN or infinity{shown}.",
             "NaN or infinity in",
             bad,
         ),
     ]:
         # Of steps that hardly stand out, five are enough.
-        events = [e for i, e in enumerate(events) if i < 5 or not e.times_usual < 2]
+        top = max((e.norm for e in events if np.isfinite(e.norm)), default=0)
+        events = [
+            e
+            for i, e in enumerate(events)
+            if i < 5 or not e.times_usual < 2 or e.norm == top
+        ]
         if events:
             head = header if data.leaf_norms is None else (*header, leaf)
             rows = [_event(event)[: len(head)] for event in events]
-            yield Table(name + suffix, caption, head, rows, (5, 6), True)
+            yield Table(name + suffix, caption, head, rows, (6, 7), True)
 
 
 def _event(event: stats.Event) -> tuple[str, ...]:
     numbers = map(text.number, (event.norm, event.threshold, event.scale))
     times = "-" if np.isnan(event.times_usual) else text.number(event.times_usual)
-    return str(event.step), *numbers, times, event.action, event.leaf or "-"
+    loss = "-" if np.isnan(event.loss) else text.number(event.loss)
+    return str(event.step), *numbers, times, loss, event.action, event.leaf or "-"
 
 
 def _alternatives(data: LogData) -> dict[str, Any]:
@@ -202,13 +215,16 @@ def _differences(runs: Mapping[str, LogData]) -> Table:
     """What differs between runs: numbers of all, and entries that are not the same."""
     columns = [_numbers(data) | _settings(data.metadata) for data in runs.values()]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    # Names of parameters are long, and restarts of one run have no counterpart.
-    names = [n for n in names if not n.startswith(("leaf_names", "resumed "))]
+    # Names of parameters are long, restarts of one run have no counterpart, and no two
+    # runs start at the same time.
+    names = [
+        n for n in names if not n.startswith(("leaf_names", "resumed ", "started"))
+    ]
     rows = [(name, *(column.get(name, "-") for column in columns)) for name in names]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     same = len(names) - len(rows)
-    caption = f"What differs between the runs. Other entries of the logs: {same:,}, "
-    caption += "the same in all of them."
+    caption = f"What differs between the runs; {same:,} other entries of the logs are "
+    caption += "identical."
     texts = tuple(range(1, len(runs) + 1))
     return Table("differences", caption, ("what", *runs), rows, texts)
 

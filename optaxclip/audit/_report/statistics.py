@@ -13,6 +13,7 @@ from optaxclip.audit._log import LogData
 AROUND = 50  # finite norms on either side of a step, of which the usual is a median
 FEWEST = 10  # finite norms on a side, without which that side tells nothing
 SPIKE = 5.0  # usual norms, from which on a norm is called a spike
+HIGH, ABOVE = 0.75, 2.0  # and times what three in four norms on a side stay below
 NAMED = 3  # parameters that are listed by name; more are counted
 _AT_ONCE = 20_000  # windows sorted at a time, for memory
 
@@ -61,6 +62,7 @@ class Event(NamedTuple):
     threshold: float
     scale: float
     times_usual: float  # norm over the usual norm; NaN if either is unknown
+    loss: float  # NaN if none was recorded
     action: str  # clipped, skipped or passed
     leaf: str  # the largest one, or those that are not finite; empty if not recorded
 
@@ -110,7 +112,38 @@ def clipped(data: LogData) -> np.ndarray:
     return data.clipped & np.isfinite(data.norm)
 
 
+class _Around(NamedTuple):
+    usual: np.ndarray
+    high: np.ndarray
+
+
 @once
+def _around(data: LogData) -> _Around:
+    """Medians and high quantiles of the norms before and after each step.
+
+    Usual is the larger of the two medians, and high the smaller of the two quantiles.
+    """
+    finite = np.flatnonzero(np.isfinite(data.norm))
+    beyond = np.full(AROUND, np.nan)
+    values = np.concatenate([beyond, data.norm[finite], beyond])
+    windows = np.lib.stride_tricks.sliding_window_view(values, AROUND)
+    starts = range(0, len(windows), _AT_ONCE)
+    parts = [row_quantiles(windows[i : i + _AT_ONCE], (0.5, HIGH)) for i in starts]
+    medians, highs = np.concatenate(parts, axis=1)
+    joined = []
+    # A part of a phase that comes again says little of its large norms.
+    for of_side, join, few in [
+        (medians, np.fmax, FEWEST),
+        (highs, np.fmin, AROUND // 2),
+    ]:
+        before, after = of_side[: len(finite)], of_side[AROUND + 1 :]
+        before[:few] = after[max(len(finite) - few, 0) :] = np.nan
+        known = np.full(len(data.norm), np.nan)
+        known[finite[FEWEST:]] = join(before, after)[FEWEST:]
+        joined.append(known)
+    return _Around(*joined)
+
+
 def usual_norm(data: LogData) -> np.ndarray:
     """For every step the norm that is usual around it; NaN where that is unknown.
 
@@ -119,46 +152,39 @@ def usual_norm(data: LogData) -> np.ndarray:
     lasts stands out from what is usual, and up to 24 spikes in a row do. A side with
     fewer than ten norms does not count; the first ten have no past to compare with.
     """
-    finite = np.flatnonzero(np.isfinite(data.norm))
-    beyond = np.full(AROUND, np.nan)
-    medians = _moving_medians(np.concatenate([beyond, data.norm[finite], beyond]))
-    before, after = medians[: len(finite)], medians[AROUND + 1 :]
-    after[max(len(finite) - FEWEST, 0) :] = np.nan
-    usual = np.full(len(data.norm), np.nan)
-    usual[finite[FEWEST:]] = np.fmax(before, after)[FEWEST:]
-    return usual
+    return _around(data).usual
 
 
-def _moving_medians(values: np.ndarray) -> np.ndarray:
-    windows = np.lib.stride_tricks.sliding_window_view(values, AROUND)
-    starts = range(0, len(windows), _AT_ONCE)
-    parts = [row_medians(windows[start : start + _AT_ONCE]) for start in starts]
-    return np.concatenate(parts)
-
-
-def row_medians(rows: np.ndarray) -> np.ndarray:
-    """The lower median of each row, NaN left out; NaN where there is nothing else."""
+def row_quantiles(rows: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+    """The lower quantiles of each row without its NaN; NaN where nothing is left."""
     ascending = np.sort(rows, axis=1)  # NaN last
-    count = np.sum(~np.isnan(rows), axis=1)
-    middle = np.maximum(count - 1, 0) // 2
-    return np.take_along_axis(ascending, middle[:, None], axis=1)[:, 0]
+    last = np.maximum(np.sum(~np.isnan(rows), axis=1) - 1, 0)
+    places = [np.floor(share * last).astype(int)[:, None] for share in shares]
+    return np.stack([np.take_along_axis(ascending, x, 1)[:, 0] for x in places])
 
 
 def spikes(data: LogData) -> np.ndarray:
-    """Rows whose norm is at least five times the usual one."""
-    usual = usual_norm(data)
-    return np.flatnonzero((data.norm >= SPIKE * usual) & (usual > 0))
+    """Rows whose norm is at least five times the usual one.
+
+    And at least twice as large as three in four norms on one side. Where large norms
+    come again and again, as in each phase of PPO, they are no spikes.
+    """
+    usual, high = _around(data)
+    is_spike = (data.norm >= SPIKE * usual) & ~(data.norm < ABOVE * high)
+    return np.flatnonzero(is_spike & (usual > 0))
 
 
 def largest_events(data: LogData, count: int) -> list[Event]:
-    """The norms largest in comparison with the usual one, or, without one, in size."""
+    """The norms farthest above the usual one, or, without one, in size; the largest."""
     usual = usual_norm(data)
     known = usual > 0
     times = np.where(known, data.norm, np.nan) / np.where(known, usual, 1)
     size = np.where(np.isfinite(data.norm), data.norm, 0)
-    by = np.nan_to_num(times) if known.any() else size
-    rows = np.argsort(-by, kind="stable")[:count]
-    return [event(data, row, float(times[row])) for row in rows if by[row] > 0]
+    by = np.where(times > 1, times, 0) if known.any() else size
+    rows = [row for row in np.argsort(-by, kind="stable")[:count] if by[row] > 0]
+    largest = int(np.argmax(size))
+    rows += [largest] if size[largest] > 0 and largest not in rows else []
+    return [event(data, row, float(times[row])) for row in rows]
 
 
 def nonfinite_events(data: LogData, count: int) -> list[Event]:
@@ -178,6 +204,7 @@ def event(data: LogData, row: int, times_usual: float) -> Event:
         threshold=float(data.threshold[row]),
         scale=float(data.scale[row]),
         times_usual=times_usual,
+        loss=float(data.loss[row]),
         action=action,
         leaf=largest_leaf(data, row) or in_words(data, nonfinite_leaves(data, row)),
     )
@@ -226,7 +253,7 @@ def largest_leaves(data: LogData, most: int) -> np.ndarray:
     assert data.leaf_norms is not None
     known = np.isfinite(data.leaf_norms) & (data.leaf_norms > 0)
     known = np.where(known, data.leaf_norms, np.nan)
-    medians = np.nan_to_num(row_medians(known.T))
+    medians = np.nan_to_num(row_quantiles(known.T, (0.5,))[0])
     return np.argsort(-medians, kind="stable")[:most]
 
 

@@ -28,6 +28,9 @@ CHECKS = (  # of the same level, the first comes first
 )
 
 
+RAMP = 100  # steps, over which the default rises to its threshold
+
+
 class Summary(NamedTuple):
     """What :func:`summary` says of a run; as a text it reads line by line."""
 
@@ -84,8 +87,8 @@ def _headline(data: LogData) -> str:
     s = stats.statistics(data)
     scope = f"{text.count(s.steps, 'step')} ({s.first_step} to {s.last_step})"
     counts = (
-        f"{scope}: {text.share(s.clipped_share)} clipped, {s.skipped:,} skipped, "
-        f"{s.nonfinite:,} with a norm of NaN or infinity."
+        f"{scope}: {text.share(s.clipped_share)} clipped{_after_the_ramp(data)}, "
+        f"{s.skipped:,} skipped, {s.nonfinite:,} with a NaN or infinite norm."
     )
     if s.nonfinite == s.steps:
         return counts
@@ -97,10 +100,24 @@ def _headline(data: LogData) -> str:
     return (
         f"{counts} {rest} median norm was {text.number(s.median_norm)}, the 95th "
         f"percentile {text.number(s.p95_norm)}, and the largest "
-        f"{text.number(s.largest_norm)}, at step {s.largest_norm_step}{unjudged}. On "
-        f"average the clip multiplied the norm by {text.number(s.mean_scale)} (the "
-        "scale)."
+        f"{text.number(s.largest_norm)}, at step {s.largest_norm_step}{unjudged}."
+        f"{_mean_scale(data)}"
     )
+
+
+def _after_the_ramp(data: LogData) -> str:
+    """The share of clipped steps after the start, where an adaptive clip has many."""
+    start, rest = np.split(stats.clipped(data), [RAMP])
+    if not stats.moves(data) or len(rest) < RAMP or start.mean() < 2 * rest.mean():
+        return ""
+    return f" ({text.share(float(rest.mean()))} after step {data.step[RAMP - 1]})"
+
+
+def _mean_scale(data: LogData) -> str:
+    if not np.isfinite(data.threshold).any():
+        return ""
+    scale = text.number(stats.statistics(data).mean_scale)
+    return f" On average the clip multiplied the norm by {scale} (the scale)."
 
 
 def _healthy(data: LogData) -> Finding:
@@ -113,7 +130,12 @@ def _healthy(data: LogData) -> Finding:
     if s.steps < 2 * stats.FEWEST:
         detail += " That is too few steps to say more."
         return Finding("fine", "Nothing stands out yet", detail)
-    return Finding("fine", "The run looks healthy", detail)
+    if not s.clipped and np.isfinite(s.median_threshold):
+        detail += (
+            f" The clip never acted: the largest norm was {text.number(s.largest_norm)}"
+            f", the median threshold {text.number(s.median_threshold)}."
+        )
+    return Finding("fine", "Nothing stands out in the norms", detail)
 
 
 def _record(data: LogData) -> list[Finding]:
