@@ -58,6 +58,12 @@ def test_rank_is_exact_in_a_large_window(q):
     np.testing.assert_allclose(thresholds[-1], expected, 1e-6)
 
 
+def test_a_number_of_many_digits_does_not_overflow_its_rank():
+    norms, q = lognormal(0.5, 1000), 0.987654321
+    thresholds, _ = scan(quantile(q, 1000), np.append(norms, 1.0))
+    np.testing.assert_allclose(thresholds[-1], np.quantile(norms, q), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("q", "window"), [(0.9, 11), (0.3, 11), (0.95, 101), (np.float32(0.6), 6)]
 )

@@ -131,6 +131,23 @@ def test_an_array_holds_one_threshold_for_each_unit():
     np.testing.assert_allclose(updates, [[3.0, 0.6], [4.0, 0.8]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (1,), (2, 3), (2, 1), (1, 3), (1, 1)])
+def test_an_array_broadcasts_against_the_norms(shape):
+    norms, value = (
+        jnp.ones((2, 3)),
+        jnp.asarray(np.random.default_rng(0).uniform(size=shape)),
+    )
+    thresholds, _ = optaxclip.constant(value).update(norms, ())
+    np.testing.assert_array_equal(thresholds, np.broadcast_to(value, (2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 2), (3, 3), (1, 2, 3)])
+def test_an_array_that_does_not_is_refused(shape):
+    rule = optaxclip.constant(jnp.ones(shape))
+    with pytest.raises(ValueError, match=r"must broadcast .* norm of shape \(2, 3\)"):
+        rule.update(jnp.ones((2, 3)), ())
+
+
 def test_rules_compose_as_optax_transformations():
     grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([6.0, 8.0])}
     doubled = optax.chain(optaxclip.constant(1.0), optax.scale(2.0))

@@ -506,3 +506,16 @@ def test_inject_hyperparams_around_an_optimizer_needs_inner_to_be_static(
     updates, state = jax.jit(tx.update)(GRADS, tx.init(GRADS), GRADS)
     assert hyperparameters.items() <= state.hyperparams.items()
     assert np.all(jax.tree.leaves(updates)[0] < 0)
+
+
+@pytest.mark.parametrize(("names", "end"), [("a", ": was"), ("ab", " and 1 more: was")])
+def test_three_sizes_that_are_wrong_are_told(names, end):
+    """Each rule has two arrays."""
+    of_4 = {x: optaxclip.quantile(0.5, 4) for x in names}
+    of_5 = {x: optaxclip.quantile(0.5, 5) for x in names}
+    params = {x: jnp.ones(2) for x in names}
+    old, new = (optaxclip.clip_by_subtree_norm(rules) for rules in (of_4, of_5))
+    with pytest.raises(ValueError, match=r"must have the sizes that `init`") as error:
+        new.update(params, old.init(params))
+    assert str(error.value).count("in place of") == min(2 * len(names), 3)
+    assert end in str(error.value)
