@@ -16,6 +16,7 @@ from rich.text import Text
 
 from optaxclip.audit import _text as text
 from optaxclip.audit._log import Follower, LogData
+from optaxclip.audit._report import event
 from optaxclip.audit._report import statistics as stats
 
 RECENT = 2000  # steps, of which events are looked for
@@ -139,7 +140,7 @@ def _events(data: LogData) -> RenderableType:
     for name in ("last events", "norm", "threshold", "outcome", "parameter"):
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     for row in rows[-EVENTS:]:
-        e = stats.event(recent, int(row), float("nan"))
+        e = event(recent, int(row), float("nan"))
         numbers = text.number(e.norm), text.number(e.threshold)
         cells = (f"step {e.step}", *numbers, e.action, text.shown(e.leaf, 26))
         table.add_row(*map(Text, cells))

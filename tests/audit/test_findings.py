@@ -11,6 +11,7 @@ import runs
 from optaxclip.audit import _cli, read, report, summary
 from optaxclip.audit._report import page as page_module
 from optaxclip.audit._report import statistics as stats
+from optaxclip.audit._report.events import nonfinite_events
 
 # Of each run all findings, the first with what its detail must say.
 EXPECTED = {
@@ -207,7 +208,7 @@ def test_which_parameters_are_not_finite(bad, expected, tmp_path, capsys):
     data = log(norms, tmp_path, leaf_norms=rows)
     (finding,) = summary(data).findings
     assert f"At step 40 the gradient was NaN {expected}." in finding.detail
-    (event,) = stats.nonfinite_events(data, 5)
+    (event,) = nonfinite_events(data, 5)
     assert event.leaf == expected.removeprefix("only ").removeprefix("in ")
     assert _cli.main(["summary", str(tmp_path / "run.jsonl"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

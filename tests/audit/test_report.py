@@ -20,7 +20,7 @@ from optaxclip.audit._report import page as page_module
 from optaxclip.audit._report import statistics as stats
 from optaxclip.audit._report.decimate import chosen_rows, stretches
 from optaxclip.audit._report.payload import payload
-from optaxclip.audit._text import number
+from optaxclip.audit._text import number, share
 from optaxclip.audit._what_if.compare import cells, outcome
 
 VOID = {"meta", "link", "img", "source", "br"}
@@ -200,6 +200,21 @@ def test_events_are_rows_of_the_log(long_run):
     assert str(largest) in [row[0] for row in rows]
     bad = [int(row[0]) for row in parsed(path).table("nonfinite")[1]]
     assert bad == np.flatnonzero(~np.isfinite(data.norm)).tolist()
+
+
+def test_parameters_are_ranked_by_their_share_of_the_squared_norm(long_run):
+    data, path = long_run
+    rows = parsed(path).table("parameters")[1]
+    norms = data.leaf_norms[np.isfinite(data.leaf_norms).all(axis=1)]
+    norms = norms[norms.max(axis=1) > 0].astype(np.float64)
+    shares = norms**2 / np.sum(norms**2, axis=1, keepdims=True)
+    medians = dict(zip(data.leaf_names, np.median(shares, axis=0), strict=True))
+    assert [row[0] for row in rows] == sorted(medians, key=medians.get)[::-1][:10]
+    leads = np.argmax(norms, axis=1)
+    for name, of_norm, lead in rows:
+        at = data.leaf_names.index(name)
+        assert of_norm == share(medians[name])
+        assert lead == share(np.mean(leads == at))
 
 
 def test_replays_are_those_of_compare(long_run):

@@ -5,6 +5,7 @@ from typing import Any
 
 from optaxclip.audit._log import LogData
 from optaxclip.audit._report import statistics as statistics
+from optaxclip.audit._report.events import event as event
 from optaxclip.audit._report.finding import Finding as Finding
 from optaxclip.audit._report.names import run_names as run_names
 from optaxclip.audit._report.report import beside as beside

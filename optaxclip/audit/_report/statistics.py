@@ -54,19 +54,6 @@ class Statistics(NamedTuple):
     median_threshold: float  # of the finite ones
 
 
-class Event(NamedTuple):
-    """A step that stands out."""
-
-    step: int
-    norm: float
-    threshold: float
-    scale: float
-    times_usual: float  # norm over the usual norm; NaN if either is unknown
-    loss: float  # NaN if none was recorded
-    action: str  # clipped, skipped or passed
-    leaf: str  # the largest one, or those that are not finite; empty if not recorded
-
-
 @once
 def statistics(data: LogData) -> Statistics:
     """Counts and norms of a log; ValueError if it has no steps."""
@@ -172,42 +159,6 @@ def spikes(data: LogData) -> np.ndarray:
     usual, high = _around(data)
     is_spike = (data.norm >= SPIKE * usual) & ~(data.norm < ABOVE * high)
     return np.flatnonzero(is_spike & (usual > 0))
-
-
-def largest_events(data: LogData, count: int) -> list[Event]:
-    """The norms farthest above the usual one, or, without one, in size; the largest."""
-    usual = usual_norm(data)
-    known = usual > 0
-    times = np.where(known, data.norm, np.nan) / np.where(known, usual, 1)
-    size = np.where(np.isfinite(data.norm), data.norm, 0)
-    by = np.where(times > 1, times, 0) if known.any() else size
-    rows = [row for row in np.argsort(-by, kind="stable")[:count] if by[row] > 0]
-    largest = int(np.argmax(size))
-    rows += [largest] if size[largest] > 0 and largest not in rows else []
-    return [event(data, row, float(times[row])) for row in rows]
-
-
-def nonfinite_events(data: LogData, count: int) -> list[Event]:
-    """The first steps with a norm of NaN or infinity."""
-    rows = np.flatnonzero(~np.isfinite(data.norm))[:count]
-    return [event(data, row, np.nan) for row in rows]
-
-
-def event(data: LogData, row: int, times_usual: float) -> Event:
-    """What happened in a row of the log."""
-    action = "skipped" if data.skipped[row] else "passed"
-    if clipped(data)[row] and not data.skipped[row]:
-        action = "clipped"
-    return Event(
-        step=int(data.step[row]),
-        norm=float(data.norm[row]),
-        threshold=float(data.threshold[row]),
-        scale=float(data.scale[row]),
-        times_usual=times_usual,
-        loss=float(data.loss[row]),
-        action=action,
-        leaf=largest_leaf(data, row) or in_words(data, nonfinite_leaves(data, row)),
-    )
 
 
 def largest_leaf(data: LogData, row: int) -> str:
