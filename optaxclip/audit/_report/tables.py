@@ -92,7 +92,7 @@ def parameters(data: LogData) -> list[Table]:
         "What the norm is made of: the median share of each parameter in the squared "
         "norm, and in how many of the steps it was the largest."
     )
-    header = ("parameter", "share of the squared norm", "largest in")
+    header = ("parameter", "median share", "largest in")
     return [Table("parameters", caption, header, rows)]
 
 
