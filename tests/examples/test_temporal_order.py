@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_a_run_ends_once_all_seeds_have_solved_the_task(tmp_path):
     arguments = "--clip global --updates 1000 --seeds 2"
     done = run(arguments, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "2/2     34% to 100%" in done.stdout
+    assert re.search("2/2 +34% to 100%", done.stdout)
     metrics = columns(tmp_path, "global 1")
     solved_CS = metrics["wrong"] <= 0.01
     assert solved_CS.any(0).all()
