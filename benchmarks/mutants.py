@@ -53,8 +53,6 @@ NAMES = {
     **{"psum": "pmax", "pmax": "psum", "floor": "ceil", "ceil": "floor"},
     **{"zeros_like": "ones_like", "ones_like": "zeros_like", "sqrt": "square"},
 }
-
-
 KEY = ("file", "line", "column", "before", "after")
 
 
@@ -189,16 +187,8 @@ def child(place: Path, tests: list[str], log: Path) -> None:
     try:
         import pytest
 
-        options = [
-            "-x",
-            "-q",
-            "-n0",
-            "-pno:cacheprovider",
-            "--no-cov",
-            "--tb=no",
-            "-m=",
-        ]
-        status = int(pytest.main([*options, *tests]))
+        options = "-x -q -n0 -pno:cacheprovider --no-cov --tb=no -m="
+        status = int(pytest.main([*options.split(), *tests]))
     except BaseException:
         traceback.print_exc()
         status = BROKEN

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 _call: contextvars.ContextVar[str | None] = contextvars.ContextVar("call", default=None)
+_names: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("names")
 
 
 def call_made(inner: str) -> str:
@@ -18,14 +19,25 @@ def call_made(inner: str) -> str:
     return _call.get() or inner
 
 
+def argument_given(inner: str) -> str:
+    """The argument of the call that the user made, handed on as ``inner``."""
+    return _names.get({}).get(inner, inner)
+
+
 @contextlib.contextmanager
-def made(call: str) -> Iterator[None]:
-    """Within it errors name this call, which the user made, and none that it makes."""
+def made(call: str, **names: str) -> Iterator[None]:
+    """Within it errors name this call, which the user made, and none that it makes.
+
+    ``names`` has, by the arguments of inner calls, those of this call.
+    """
+    outermost = _call.get() is None
     token = _call.set(call_made(call))
+    names_token = _names.set(names if outermost else _names.get({}))
     try:
         yield
     finally:
         _call.reset(token)
+        _names.reset(names_token)
 
 
 def refused(
@@ -102,6 +114,12 @@ def count(
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not is_integer or value < least or (most is not None and value > most):
         refused(call, argument, rule, value)
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of a shape broadcasts to another shape."""
+    pairs = zip(shape[::-1], to[::-1], strict=False)
+    return len(shape) <= len(to) and all(a in (1, n) for a, n in pairs)
 
 
 def _shortened(value: Any, most: int = 200) -> str:

@@ -123,10 +123,11 @@ def clip_by(
         _checks.refused("clip_by", "norm", "a function of a tree", norm, hint)
     _checks.function("clip_by", "apply", apply, "such as `optaxclip.clamp`")
     rule, norm = as_rule("clip_by", "threshold", threshold), along(norm, axis_name)
+    told = _checks.call_made("clip_by"), _checks.argument_given("threshold")
 
     def init(params: PyTree) -> ClipState:
         norms = initial(norm, params)
-        check_rule("clip_by", rule, norms)
+        check_rule(*told, rule, norms)
         return ClipState(
             step_count=jnp.zeros((), jnp.int32),
             clip_count=jnp.zeros((), jnp.int32),

@@ -81,7 +81,7 @@ class Guard(NamedTuple):
 
     def init(self, params: PyTree) -> SkipState:
         norms = initial(self._norm(jnp.zeros((), jnp.float32)), params)
-        check_rule(self.call, self.rule, norms)
+        check_rule(self.call, "threshold", self.rule, norms)
         inner_state = self.inner.init(params)
         _refuse_loss_scale(inner_state)
         return SkipState(

@@ -16,7 +16,10 @@ PyTree = Any
 
 
 def check_rule(
-    call: str, rule: optax.GradientTransformationExtraArgs, norms: Norms
+    call: str,
+    argument: str,
+    rule: optax.GradientTransformationExtraArgs,
+    norms: Norms,
 ) -> None:
     """Refuses a clip, a skip or an optimizer in place of a rule.
 
@@ -31,8 +34,8 @@ def check_rule(
     else:
         return
     raise ValueError(
-        f"`{call}(threshold=...)` must be a number, a schedule or a rule from norms to "
-        f"thresholds, such as `optaxclip.quantile(0.95)`, got {got}: transformations "
+        f"`{call}({argument}=...)` must be a number, a schedule or a rule from "
+        f"norms to thresholds, such as `optaxclip.quantile(0.95)`, got {got}: transformations "
         "of gradients go into `optax.chain`, next to the clip."
     )
 

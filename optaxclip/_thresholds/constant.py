@@ -93,11 +93,7 @@ def _filled_like(norms: PyTree, value: jax.typing.ArrayLike) -> PyTree:
     def fill(norm: jax.Array) -> jax.Array:
         if not array.ndim:
             return jnp.full_like(norm, array.astype(norm.dtype))
-        fits = array.ndim <= norm.ndim and all(
-            a in (1, n)
-            for a, n in zip(array.shape[::-1], norm.shape[::-1], strict=False)
-        )
-        if not fits:
+        if not _checks.broadcasts(array.shape, norm.shape):
             raise ValueError(
                 "A threshold must broadcast against every norm, got an array of shape "
                 f"{array.shape} for a norm of shape {norm.shape}."

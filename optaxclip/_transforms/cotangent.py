@@ -144,10 +144,9 @@ def _shapes_of_norms(x: PyTree, axis: Any) -> list[tuple[int, ...]]:
 def _check_shapes(name: str, bound: jax.Array, shapes: list[tuple[int, ...]]) -> None:
     of = "the norms" if name == "max_norm" else "the elements"
     for shape in shapes if bound.ndim else ():
-        pairs = zip(bound.shape[::-1], shape[::-1], strict=False)
-        if bound.ndim > len(shape) or not all(a in (1, n) for a, n in pairs):
-            rule = f"of a shape that broadcasts to {shape}, that of {of}"
-            _checks.refused("clip_cotangent", name, rule, f"the shape {bound.shape}")
+        if not _checks.broadcasts(bound.shape, shape):
+            rule = f"of a shape that broadcasts to that of {of}, {shape}"
+            _checks.refused("clip_cotangent", name, rule, bound.shape)
 
 
 def _by_norm(
@@ -169,10 +168,10 @@ def _unit_norms(gradients: PyTree, axis: Any, axis_name: AxisName) -> PyTree:
     varying = {name for x in jax.tree.leaves(gradients) for name in varying_axes(x)}
     if axis_name is None and varying:
         raise ValueError(
-            "`clip_cotangent(axis_name=...)` must be given with `axis` where x varies "
-            f"over mesh axes, here {sorted(varying)}, got None: () if every device "
-            "holds whole units, as where devices share a batch, or the mesh axes over "
-            "which the axes that are summed are split."
+            "`clip_cotangent(axis_name=...)` must be given if `axis` is and `x` varies "
+            f"over mesh axes (here {sorted(varying)}), got None. Pass () if each "
+            "device holds whole units, such as the examples of its part of a batch. If the "
+            "axes that are summed are split over mesh axes, pass the names of these."
         )
     return unit_norm(gradients, axis, axis_name=axis_name)
 

@@ -69,4 +69,5 @@ def clip_by_subtree_norm(
     else:
         rule = as_rule(call, "max_norm", max_norm)
     norm = functools.partial(subtree_norm, depth=depth, group=group)
-    return clip_by(norm, rule, axis_name=axis_name)
+    with _checks.made(call, threshold="max_norm"):
+        return clip_by(norm, rule, axis_name=axis_name)

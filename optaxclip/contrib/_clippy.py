@@ -92,7 +92,7 @@ def clippy(
             terms = [jnp.asarray(x).astype(dtype) for x in (relative, absolute)]
             modulus = jnp.abs(widen(update, dtype))
             allowed = terms[0] * size + terms[1]
-            still = modulus == 0  # nor has 0 / 0 a derivative
+            still = modulus == 0  # 0 / 0 would make its derivative NaN
             return jnp.where(still, 0, modulus / jnp.where(still, 1, allowed))
 
         return jax.tree_util.tree_map_with_path(share, updates)

@@ -104,7 +104,7 @@ def with_error_feedback(
         wide = [widen(x, accumulator(x.dtype)) for x in leaves]
         sums = [x + errors[name] for x, name in zip(wide, names, strict=True)]
         norm = global_norm(treedef.unflatten(sums), axis_name=axis_name)
-        # A clip cannot scale down what is nearly infinite; as an error it would stay.
+        # A clip makes 0 of what is nearly infinite: such an error would stay.
         fits = norm < 2.0**-6 * jnp.finfo(norm.dtype).max
         sums = [jnp.where(fits, *row) for row in zip(sums, wide, strict=True)]
         clipped, inner_state = inner.update(
@@ -122,7 +122,7 @@ def with_error_feedback(
 
 
 def _narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """Finite numbers in a dtype, at most its largest one: the rest is fed back."""
+    """Casts to a dtype. Finite numbers stay finite; what is cut off is fed back."""
     if jnp.iscomplexobj(x):  # which was not widened
         return x.astype(dtype)
     most = float(jnp.finfo(dtype).max)

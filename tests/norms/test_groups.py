@@ -159,10 +159,11 @@ def test_layers_of_a_linen_model(collection):
         np.testing.assert_allclose(scale, 0.1 / expected, rtol=1e-5)
 
 
-def test_one_all_reduce_for_all_groups():
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_one_all_reduce_for_all_groups(names):
     on = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    tree = {name: [jnp.ones((8, 4)), jnp.ones(8)] for name in "ab"}
-    specs = {name: [P("x"), P("x")] for name in "ab"}
+    tree = {name: [jnp.ones((8, 4)), jnp.ones(8)] for name in names}
+    specs = {name: [P("x"), P("x")] for name in names}
     placed = jax.tree.map(
         lambda x, spec: jax.device_put(x, NamedSharding(on, spec)), tree, specs
     )

@@ -184,9 +184,12 @@ def test_a_bound_may_be_traced_and_has_no_gradient():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_norm": jnp.ones(3)}, r"max_norm=.*broadcasts to \(\), .*shape \(3,\)"),
-        ({"max_norm": jnp.ones(4), "axis": -1}, r"max_norm=.*broadcasts to \(4, 1\)"),
-        ({"max_value": jnp.ones(3)}, r"max_value=.*broadcasts to \(4, 2\), .*elements"),
+        ({"max_norm": jnp.ones(3)}, r"max_norm=.*of the norms, \(\), got \(3,\)"),
+        (
+            {"max_norm": jnp.ones(4), "axis": -1},
+            r"max_norm=.*norms, \(4, 1\), got \(4,\)",
+        ),
+        ({"max_value": jnp.ones(3)}, r"max_value=.*elements, \(4, 2\), got \(3,\)"),
         (
             {"max_norm": 1.0, "axis": 2},
             r"axis=.*of an array of shape \(4, 2\), got 2",

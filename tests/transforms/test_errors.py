@@ -301,8 +301,8 @@ MESSAGES = {
     ),
     "an optimizer for the rule of a name": (
         lambda: optaxclip.clip_by_subtree_norm({"w": SGD}).init({"w": jnp.ones(2)}),
-        f"`clip_by(threshold=...)` must be {RULE}, got one whose thresholds are "
-        f"negative, as the updates of an optimizer are: {CHAINED}.",
+        f"`clip_by_subtree_norm(max_norm=...)` must be {RULE}, got one whose "
+        f"thresholds are negative, as the updates of an optimizer are: {CHAINED}.",
     ),
     "an optimizer for all other names": (
         lambda: optaxclip.skip_by(

@@ -32,6 +32,6 @@ def cell(data: LogData, words: str | None = None) -> str:
         from optaxclip.audit._report.stills import image
     except ImportError:  # of Matplotlib
         return told
-    # Black letters on nothing cannot be read in a notebook that is dark.
+    # In a dark notebook, black text needs a background.
     style = "max-width: 100%; background: white"
     return told + image({"": data}, style) if len(data.step) else told

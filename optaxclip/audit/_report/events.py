@@ -22,7 +22,7 @@ class Event(NamedTuple):
 
 
 def largest_events(data: LogData, count: int) -> list[Event]:
-    """The norms farthest above the usual one, or, without one, in size; the largest."""
+    """The steps with norms far above the usual one, and the one with the largest."""
     usual = stats.usual_norm(data)
     known = usual > 0
     times = np.where(known, data.norm, np.nan) / np.where(known, usual, 1)

@@ -16,7 +16,7 @@ from optaxclip.audit._report import statistics as stats
 
 
 def image(runs: Mapping[str, LogData], style: str = "max-width: 100%") -> str:
-    """An ``img`` element that holds the plot of runs, on a background of ``style``."""
+    """An ``img`` element that holds the plot of runs; ``style`` is its CSS."""
     alt = html.escape(alternative(runs))
     return f'<img src="{uri(runs)}" alt="{alt}" style="{style}">'
 

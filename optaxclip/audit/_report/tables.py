@@ -27,6 +27,7 @@ class Table(NamedTuple):
 
 
 def events(suffix: str, data: LogData) -> Iterator[Table]:
+    """The tables of steps that stand out, as far as there are such steps."""
     header = (
         "step",
         "norm",
@@ -39,7 +40,7 @@ def events(suffix: str, data: LogData) -> Iterator[Table]:
     bad = nonfinite_events(data, EVENTS)
     total = int(np.sum(~np.isfinite(data.norm)))
     shown = f": the first {EVENTS} of {total:,}" if len(bad) < total else ""
-    for name, caption, leaf, events in [
+    for name, caption, leaf, found in [
         (
             "largest",
             "The steps that stand out most, and the one with the largest norm. “Times "
@@ -57,15 +58,15 @@ def events(suffix: str, data: LogData) -> Iterator[Table]:
         ),
     ]:
         # Of steps that hardly stand out, five are enough.
-        top = max((e.norm for e in events if np.isfinite(e.norm)), default=0)
-        events = [
+        top = max((e.norm for e in found if np.isfinite(e.norm)), default=0)
+        found = [
             e
-            for i, e in enumerate(events)
+            for i, e in enumerate(found)
             if i < 5 or not e.times_usual < 2 or e.norm == top
         ]
-        if events:
+        if found:
             head = header if data.leaf_norms is None else (*header, leaf)
-            rows = [_event(event)[: len(head)] for event in events]
+            rows = [_event(event)[: len(head)] for event in found]
             yield Table(name + suffix, caption, head, rows, (6, 7), True)
 
 
