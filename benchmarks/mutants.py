@@ -301,6 +301,7 @@ def main() -> None:
             dataclasses.replace(x, source=(ROOT / x.file).read_text()) for x in chosen
         ]
     folder = args.folder or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
     print(f"{len(chosen)} of {len(every)} mutants", flush=True)
     done: list[Mutant] = []
     if args.out.exists():  # it goes on

@@ -35,8 +35,8 @@ def check_rule(
         return
     raise ValueError(
         f"`{call}({argument}=...)` must be a number, a schedule or a rule from "
-        f"norms to thresholds, such as `optaxclip.quantile(0.95)`, got {got}: transformations "
-        "of gradients go into `optax.chain`, next to the clip."
+        f"norms to thresholds, such as `optaxclip.quantile(0.95)`, got {got}: "
+        "transformations of gradients go into `optax.chain`, next to the clip."
     )
 
 

@@ -170,8 +170,8 @@ def _unit_norms(gradients: PyTree, axis: Any, axis_name: AxisName) -> PyTree:
         raise ValueError(
             "`clip_cotangent(axis_name=...)` must be given if `axis` is and `x` varies "
             f"over mesh axes (here {sorted(varying)}), got None. Pass () if each "
-            "device holds whole units, such as the examples of its part of a batch. If the "
-            "axes that are summed are split over mesh axes, pass the names of these."
+            "device holds whole units, such as the examples of its part of a batch. If "
+            "the axes that are summed are split over mesh axes, pass their names."
         )
     return unit_norm(gradients, axis, axis_name=axis_name)
 
