@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar, cast
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 T = TypeVar("T")
 
@@ -24,6 +25,16 @@ quantile_slot=0, quantile_count=0)
     return f"{type(self).__name__}({', '.join(fields)})"
 
 
+def shown_by_name(names: list[str], values: Any) -> str:
+    """The elements of an array by their names, as a dict would print them."""
+    is_array = isinstance(values, jax.Array | np.ndarray) and not _is_abstract(values)
+    if not is_array or not getattr(values, "is_fully_addressable", True):
+        return f"{len(names)} named: {_array(values)}"
+    values = jax.device_get(values)  # on the host: a trace may be under way
+    first = {name: values[..., i] for i, name in enumerate(names[:_MOST])}
+    return _dict(first | dict.fromkeys(names[_MOST:]))
+
+
 def _value(x: Any) -> str:
     return _dict(x) if isinstance(x, dict) else _array(x)
 
@@ -37,8 +48,7 @@ def _dict(x: dict[Any, Any]) -> str:
 def _array(x: Any) -> str:
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         return repr(x)
-    known = not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
-    if x.shape or not known or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+    if x.shape or _is_abstract(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return f"{x.dtype}{list(x.shape)}"
     if not getattr(x, "is_fully_addressable", True):
         return f"{x.dtype}[]"
@@ -46,6 +56,10 @@ def _array(x: Any) -> str:
     if jnp.issubdtype(x.dtype, jnp.floating) and number == jnp.finfo(x.dtype).max:
         return "no bound"
     return f"{number:.6g}"
+
+
+def _is_abstract(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
 class _Default(Generic[T]):

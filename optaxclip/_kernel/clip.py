@@ -19,11 +19,10 @@ from optaxclip._kernel.decide import (
     all_of,
     count_if,
     decide,
-    stored,
     unbounded_like,
 )
 from optaxclip._kernel.measure import Norm, initial
-from optaxclip._kernel.names import Norms
+from optaxclip._kernel.names import Kept, computed_once, stacked
 from optaxclip._kernel.probe import check_rule
 from optaxclip._kernel.states import own
 from optaxclip._norms import AxisName, along, prefix_of, split
@@ -34,12 +33,12 @@ PyTree = Any
 
 
 class ClipMetrics(NamedTuple):
-    """What a clip did in its last step: arrays, or dicts of arrays by path."""
+    """What a clip did in its last step: arrays, or arrays by the names of norms."""
 
-    grad_norm: Norms  #: the norm of the updates before clipping
-    clip_threshold: Norms  #: the bound; the largest finite number if there is none
+    grad_norm: Kept  #: the norm of the updates before clipping
+    clip_threshold: Kept  #: the bound; the largest finite number if there is none
     #: what they were multiplied by, min(1, threshold / norm) unless `apply` has its own
-    clip_scale: Norms
+    clip_scale: Kept
 
     __repr__ = shown
 
@@ -134,9 +133,9 @@ def clip_by(
             nonfinite_count=jnp.zeros((), jnp.int32),
             rule_state=rule.init(norms),
             clip_metrics=ClipMetrics(
-                grad_norm=jax.tree.map(jnp.zeros_like, norms),
-                clip_threshold=jax.tree.map(unbounded_like, norms),
-                clip_scale=jax.tree.map(jnp.ones_like, norms),
+                grad_norm=jax.tree.map(jnp.zeros_like, stacked(norms)),
+                clip_threshold=jax.tree.map(unbounded_like, stacked(norms)),
+                clip_scale=jax.tree.map(jnp.ones_like, stacked(norms)),
             ),
         )
 
@@ -145,13 +144,13 @@ def clip_by(
     ) -> tuple[PyTree, ClipState]:
         state = own(ClipState, state)
         gradients, restore = split(updates)
-        like = state.clip_metrics.grad_norm
+        last = state.clip_metrics.grad_norm
         decision = decide(
-            norm, gradients, params, like, rule, state.rule_state, extra_args
+            norm, gradients, params, last, rule, state.rule_state, extra_args
         )
         norms, thresholds = decision.norms, decision.thresholds
         with jax.debug_infs(False):  # of thresholds that do not bound
-            scales = jax.tree.map(scale_of(apply), norms, thresholds)
+            scales = computed_once(jax.tree.map(scale_of(apply), norms, thresholds))
         placed = [prefix_of(decision.place(x)) for x in (thresholds, scales)]
         _check_prefix(placed[0], gradients)
         clipped = jax.tree.map(
@@ -161,8 +160,7 @@ def clip_by(
             *placed,
             gradients,
         )
-        metrics = ClipMetrics(norms, jax.tree.map(stored, thresholds), scales)
-        return restore(clipped), _record(state, decision, metrics)
+        return restore(clipped), _record(state, decision, stacked(scales))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -178,9 +176,9 @@ def _check_prefix(norms: PyTree, gradients: PyTree) -> None:
         ) from error
 
 
-def _record(state: ClipState, decision: Decision, metrics: ClipMetrics) -> ClipState:
+def _record(state: ClipState, decision: Decision, scales: Kept) -> ClipState:
     # A scale that underflowed to 0 wiped its leaves out: as bad as a norm of infinity.
-    thresholds, scales = metrics.clip_threshold, metrics.clip_scale
+    thresholds = decision.kept_thresholds
     usable = decision.finite & all_of(
         lambda s, t: (s > 0) | (t == 0), scales, thresholds
     )
@@ -190,5 +188,5 @@ def _record(state: ClipState, decision: Decision, metrics: ClipMetrics) -> ClipS
         clip_count=count_if(usable & ~unchanged, state.clip_count),
         nonfinite_count=count_if(~usable, state.nonfinite_count),
         rule_state=decision.rule_state,
-        clip_metrics=metrics,
+        clip_metrics=ClipMetrics(decision.kept_norms, thresholds, scales),
     )

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._kernel.measure import Norm, measure
-from optaxclip._kernel.names import Named, Norms, by_name, named
+from optaxclip._kernel.names import (
+    Kept,
+    Named,
+    Norms,
+    by_name,
+    computed_once,
+    named,
+    shapes_of,
+    stacked,
+)
 from optaxclip._kernel.states import check_sizes
 from optaxclip._norms import split, warned
 from optaxclip._thresholds import no_bound
@@ -22,6 +31,8 @@ class Decision(NamedTuple):
 
     norms: Norms  # by name, those that `init` saw
     thresholds: Norms  # of their shapes and dtypes; not negative
+    kept_norms: Kept  # as states keep them
+    kept_thresholds: Kept  # the same of thresholds; finite
     finite: jax.Array  # whether all norms are
     rule_state: PyTree  # the rule's new memory; the old one if a norm is not finite
     place: Callable[[Norms], PyTree]  # values by name -> tree that the norm made
@@ -31,35 +42,46 @@ def decide(
     norm: Norm,
     gradients: PyTree,
     params: PyTree,
-    like: Norms,
+    last: Kept,
     rule: optax.GradientTransformationExtraArgs,
     rule_state: PyTree,
     extra_args: dict[str, Any],
 ) -> Decision:
     """Measures gradients (and parameters, if given) and asks the rule for thresholds.
 
-    ``like`` holds norms with the names and dtypes that the state has since ``init``.
+    ``last`` holds norms with the names and dtypes that the state has since ``init``.
     A norm that is missing now counts as 0, which no rule remembers. The rule sees 0 in
     place of a norm that is not finite, and its memory stays as it was before that step.
     """
-    check_sizes("rule_state", rule_state, functools.partial(rule.init, like))
+    like = shapes_of(last)
+    check_sizes("rule_state", rule_state, rule.init, like)
     new = named(measure(norm, gradients), like)
-    norms = matching(new, like, "updates")
+    norms = computed_once(matching(new, like, "updates"))
     parameter_norms = None
     if params is not None:
         with warned():
             of_params = named(measure(norm, split(params).gradients), like)
         _refuse_missing(by_name(new.norms), by_name(of_params.norms))
         parameter_norms = matching(of_params, like, "params")
-    finite = all_of(jnp.isfinite, norms)
+    kept_norms = stacked(norms)
+    finite = all_of(jnp.isfinite, kept_norms)
     known = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 0), norms)
     with jax.debug_infs(False):  # by which rules say "no bound"
         thresholds, new_state = rule.update(
             known, rule_state, parameter_norms, **extra_args
         )
         thresholds = jax.tree.map(_bound, thresholds, norms)
-    kept = jax.tree.map(functools.partial(jnp.where, finite), new_state, rule_state)
-    return Decision(norms, thresholds, finite, kept, new.place)
+    return Decision(
+        norms=norms,
+        thresholds=thresholds,
+        kept_norms=kept_norms,
+        kept_thresholds=jax.tree.map(_stored, stacked(thresholds)),
+        finite=finite,
+        rule_state=jax.tree.map(
+            functools.partial(jnp.where, finite), new_state, rule_state
+        ),
+        place=new.place,
+    )
 
 
 def all_of(holds: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
@@ -71,11 +93,6 @@ def all_of(holds: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
         # Without a barrier: it would keep XLA for GPU from making selects of the
         # conditional of a skip around this, which then has to write the updates.
         return jnp.all(holds(*rows[0]))
-    if all(x.ndim == 0 and x.dtype == rows[0][0].dtype for row in rows for x in row):
-        # Asked once of a vector: asked of thousands of scalars it is thousands of
-        # kernels to compile. The barrier keeps XLA from taking it apart again.
-        stacked = [jnp.stack(column) for column in zip(*rows, strict=True)]
-        return jnp.all(holds(*jax.lax.optimization_barrier(stacked)))
     flags = jnp.stack([jnp.all(holds(*row)) for row in rows])
     # This one keeps XLA from unrolling the reduction into a chain, slow to compile.
     return jnp.all(jax.lax.optimization_barrier(flags))
@@ -91,7 +108,7 @@ def unbounded_like(norm: jax.Array) -> jax.Array:
     return jnp.full_like(norm, no_bound(norm.dtype))
 
 
-def stored(threshold: jax.Array) -> jax.Array:
+def _stored(threshold: jax.Array) -> jax.Array:
     """A threshold as a state keeps it: finite."""
     return jnp.minimum(threshold, no_bound(threshold.dtype))
 
@@ -118,7 +135,9 @@ def matching(new: Named, like: Norms, argument: str) -> Norms:
                 f"{norm.shape} in place of {expected[name].shape}."
             )
     matched = {
-        name: norms[name].astype(x.dtype) if name in norms else jnp.zeros_like(x)
+        name: norms[name].astype(x.dtype)
+        if name in norms
+        else jnp.zeros(x.shape, x.dtype)
         for name, x in expected.items()
     }
     return matched if isinstance(like, Mapping) else matched.get("", like)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._kernel.decide import all_of, count_if, decide, stored, unbounded_like
+from optaxclip._kernel.decide import all_of, count_if, decide, unbounded_like
 from optaxclip._kernel.measure import Norm, handing_over, initial, measure
-from optaxclip._kernel.names import Norms
+from optaxclip._kernel.names import Kept, by_name, stacked, unstacked
 from optaxclip._kernel.probe import check_rule
 from optaxclip._kernel.states import own
 from optaxclip._norms import (
@@ -33,8 +33,8 @@ PyTree = Any
 class SkipMetrics(NamedTuple):
     """What a skip looked at in its last step, as :class:`ClipMetrics` holds it."""
 
-    skip_norm: Norms  #: the norm of the step
-    skip_threshold: Norms  #: a step with a norm above it is skipped
+    skip_norm: Kept  #: the norm of the step
+    skip_threshold: Kept  #: a step with a norm above it is skipped
 
     __repr__ = shown
 
@@ -90,8 +90,8 @@ class Guard(NamedTuple):
             skip_nonfinite_count=jnp.zeros((), jnp.int32),
             skip_rule_state=self.rule.init(norms),
             skip_metrics=SkipMetrics(
-                skip_norm=jax.tree.map(jnp.zeros_like, norms),
-                skip_threshold=jax.tree.map(unbounded_like, norms),
+                skip_norm=jax.tree.map(jnp.zeros_like, stacked(norms)),
+                skip_threshold=jax.tree.map(unbounded_like, stacked(norms)),
             ),
             inner_state=inner_state,
         )
@@ -117,9 +117,10 @@ class Guard(NamedTuple):
             state.skip_rule_state,
             extra_args,
         )
-        norms, thresholds, finite = decision[:3]
+        finite = decision.finite
+        norms, thresholds = decision.kept_norms, decision.kept_thresholds
         good = finite & all_of(operator.le, norms, thresholds)
-        measured = decision.place(norms)
+        measured = decision.place(decision.norms)
         with handing_over(
             self.norm, gradients, measured["grad_norm"] if self.watch_loss else measured
         ):
@@ -130,7 +131,7 @@ class Guard(NamedTuple):
             skipped_in_a_row=in_a_row,
             skip_nonfinite_count=count_if(~finite, state.skip_nonfinite_count),
             skip_rule_state=decision.rule_state,
-            skip_metrics=SkipMetrics(norms, jax.tree.map(stored, thresholds)),
+            skip_metrics=SkipMetrics(norms, thresholds),
             inner_state=inner_state,
         )
 
@@ -178,18 +179,17 @@ def not_made(
 
 def without_loss(state: SkipState) -> SkipState:
     """The state with the metrics of the gradients alone."""
-    norms = state.skip_metrics.skip_norm
-    if not isinstance(norms, dict) or "loss" not in norms:
-        return state
+    norms, thresholds = (by_name(unstacked(kept)) for kept in state.skip_metrics)
     others = norms.keys() - {"loss"}
-    if not all(name == "grad_norm" or name.startswith("grad_norm/") for name in others):
+    if others == norms.keys() or not all(
+        name == "grad_norm" or name.startswith("grad_norm/") for name in others
+    ):
         return state
 
-    def kept(values: Norms) -> Norms:
-        assert isinstance(values, dict)
+    def without(values: dict[str, jax.Array]) -> Kept:
         return {name: values[name] for name in sorted(others)}
 
-    return state._replace(skip_metrics=SkipMetrics(*map(kept, state.skip_metrics)))
+    return state._replace(skip_metrics=SkipMetrics(without(norms), without(thresholds)))
 
 
 def _zeros(path: tuple[Any, ...], update: Any, like: Any) -> Any:

@@ -1,7 +1,7 @@
 """Norms by name: from what a norm returns to plain containers, and back.
 
-A norm returns a tree of norms; a state keeps them in a dict by the path of each,
-``layer/0/kernel``. So the state holds no node type of the parameters, which may carry
+A norm returns a tree of norms; the kernel keeps them in a dict by the path of each,
+``layer/0/kernel``. So a state holds no node type of the parameters, which may carry
 shardings that fit no norm, and it is known which norms a step left out.
 """
 
@@ -12,9 +12,62 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._norms import GroupNorms, path_name
+from optaxclip._show import shown_by_name
+from optaxclip._thresholds import are_scalars_of_one_dtype
 
 PyTree = Any
 Norms = jax.Array | dict[str, jax.Array]
+
+
+class Stacked(NamedTuple):
+    """Scalars by name in one array, as states keep them.
+
+    Every array of a state costs time in each step and a file in each checkpoint.
+    """
+
+    norm_names: dict[str, tuple[()]]  #: the names, without a value: in their order
+    norm_values: jax.Array  #: of shape (names,)
+
+    def __repr__(self) -> str:
+        return shown_by_name(sorted(self.norm_names), self.norm_values)
+
+
+Kept = Norms | Stacked  # norms as states keep them
+
+
+def stacked(norms: Norms) -> Kept:
+    """Norms as states keep them: in one array, if they are scalars of one dtype."""
+    if not isinstance(norms, Mapping) or not are_scalars_of_one_dtype(norms.values()):
+        return norms
+    values = jnp.stack([norms[name] for name in sorted(norms)])
+    # The barrier keeps XLA from unrolling what reads the array into a chain over its
+    # elements, slow to compile.
+    values = jax.lax.optimization_barrier(values)
+    return Stacked(dict.fromkeys(sorted(norms), ()), values)
+
+
+def computed_once(norms: Norms) -> Norms:
+    """Keeps XLA from computing numbers with names again wherever they are read."""
+    if not isinstance(norms, Mapping):
+        return norms
+    return {name: jax.lax.optimization_barrier(norm) for name, norm in norms.items()}
+
+
+def unstacked(kept: Kept) -> Norms:
+    """Norms by name, from what a state keeps."""
+    if not isinstance(kept, Stacked):
+        return kept
+    values = jnp.unstack(kept.norm_values)
+    return dict(zip(sorted(kept.norm_names), values, strict=True))
+
+
+def shapes_of(kept: Kept) -> Norms:
+    """The shapes and dtypes of norms by name, from what a state keeps."""
+    if not isinstance(kept, Stacked):
+        return kept
+    scalar: Any = jax.ShapeDtypeStruct((), kept.norm_values.dtype)
+    shapes: dict[str, Any] = dict.fromkeys(sorted(kept.norm_names), scalar)
+    return shapes
 
 
 class Named(NamedTuple):

@@ -29,9 +29,11 @@ def own(kind: type[State], state: Any) -> State:
     return kind(**jax.tree.map(jnp.asarray, fields), **inner)
 
 
-def check_sizes(field: str, state: PyTree, init: Callable[[], PyTree]) -> None:
-    """Refuses a state with arrays of other shapes than ``init`` makes."""
-    made, got = _shapes(jax.eval_shape(init)), _shapes(state)
+def check_sizes(
+    field: str, state: PyTree, init: Callable[..., PyTree], *args: PyTree
+) -> None:
+    """Refuses a state with arrays of other shapes than ``init(*args)`` makes."""
+    made, got = _shapes(jax.eval_shape(init, *args)), _shapes(state)
     differences = [
         f"{field}/{name} of shape {got.get(name)} in place of {made.get(name)}"
         for name in sorted(made.keys() | got.keys())

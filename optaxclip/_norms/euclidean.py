@@ -34,6 +34,9 @@ class Groups(NamedTuple):
         return members
 
 
+# So many squares take longer in float64 than a conditional for them adds.
+MANY = 2**17
+
 By = Groups | tuple[Axes, ...]  # of each leaf: its group, or the axes of its units
 
 
@@ -69,11 +72,13 @@ def _closed_form(leaves: Arrays, by: By, shares: Shares) -> Arrays:
         counts = [sum(group) for group in by.members(sizes)]
         dtypes = [accumulator(*x) for x in by.members([x.dtype for x in leaves])]
         sums = functools.partial(_group_sums, groups=by, shares=shares)
+        in_float64 = len(counts) > 1 or counts[0] < MANY
     else:
         counts = [_count(*row) for row in zip(leaves, by, shares, strict=True)]
         dtypes = [accumulator(x.dtype) for x in leaves]
         sums = functools.partial(_separate_sums, axes=by, shares=shares)
-    norms = roots(leaves, sums, counts)
+        in_float64 = len(leaves) == by.count(None) or _mean_size(leaves) < MANY
+    norms = roots(leaves, sums, counts, in_float64)
     return [norm.astype(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
 
 
@@ -107,10 +112,13 @@ def _closed_form_jvp(
 
 
 def _group_sums(
-    leaves: Arrays, units: Sequence[Units], groups: Groups, shares: Shares
+    leaves: Arrays,
+    units: Sequence[Units],
+    dtype: Any,
+    groups: Groups,
+    shares: Shares,
 ) -> list[Arrays]:
     of_leaves = [of and [of[group] for group in groups.of] for of in units]
-    dtype = accumulator(*(x.dtype for x in leaves))
     sums = sums_of_squares(leaves, [None] * len(leaves), of_leaves, dtype)
     # One reduction over devices for all groups in all units.
     members = [group for of in sums for group in groups.members(of)]
@@ -129,13 +137,20 @@ def _total(sums: Arrays) -> jax.Array:
 
 
 def _separate_sums(
-    leaves: Arrays, units: Sequence[Units], axes: Sequence[Axes], shares: Shares
+    leaves: Arrays,
+    units: Sequence[Units],
+    dtype: Any,
+    axes: Sequence[Axes],
+    shares: Shares,
 ) -> list[Arrays]:
-    dtype = accumulator(*(x.dtype for x in leaves))
     return [
         [reduce_sum(x, share) for x, share in zip(row, shares, strict=True)]
         for row in sums_of_squares(leaves, axes, units, dtype)
     ]
+
+
+def _mean_size(leaves: Arrays) -> float:
+    return sum(leaf.size for leaf in leaves) / len(leaves)
 
 
 def _count(leaf: jax.Array, axis: Axes, share: MeshAxes) -> int:

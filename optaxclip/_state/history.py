@@ -12,7 +12,7 @@ import optax
 
 from optaxclip import _checks
 from optaxclip._kernel import (
-    Norms,
+    Kept,
     check_sizes,
     count_if,
     handing_over,
@@ -21,6 +21,8 @@ from optaxclip._kernel import (
     measure,
     named,
     own,
+    shapes_of,
+    stacked,
 )
 from optaxclip._norms import (
     AxisName,
@@ -45,7 +47,7 @@ class History(NamedTuple):
     history_has_loss: jax.Array  #: 1 if a loss was passed; int8
     history_clipped: jax.Array  #: 1 if the step was clipped; int8
     history_skipped: jax.Array  #: 1 if the step was skipped; int8
-    history_leaf_norms: Norms | tuple[()]  #: a dict by path, if asked
+    history_leaf_norms: Kept | tuple[()]  #: by the names of the leaves, if asked
 
     __repr__ = shown
 
@@ -131,7 +133,7 @@ def record_history(
 
     def init(params: PyTree) -> HistoryState:
         inner_state = inner.init(params)
-        norms = initial(per_leaf, params) if leaf_norms else ()
+        norms = stacked(initial(per_leaf, params)) if leaf_norms else ()
         entries = _entries(row_between(inner_state, inner_state, clip), None, norms)
         history = _buffers(entries, length)
         return HistoryState(jnp.zeros((), jnp.int32), history, inner_state)
@@ -151,8 +153,9 @@ def record_history(
         loss = extra_args.get("loss")
         loss = None if loss is None else same_on_all_devices("loss", loss)
         if leaf_norms:
-            like = jax.tree.map(lambda x: x[0], state.history.history_leaf_norms)
-            norms = matching(named(norms, like), like, "updates")
+            last = jax.tree.map(lambda x: x[0], state.history.history_leaf_norms)
+            like = shapes_of(last)
+            norms = stacked(matching(named(norms, like), like, "updates"))
         entries = _entries(row, loss, norms)
         check_sizes("history", state.history, lambda: _buffers(entries, length))
         write = functools.partial(_write, state.history_count % length, row.is_step)
@@ -163,9 +166,7 @@ def record_history(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _entries(
-    row: Row, loss: jax.Array | None, leaf_norms: Norms | tuple[()]
-) -> History:
+def _entries(row: Row, loss: jax.Array | None, leaf_norms: Kept | tuple[()]) -> History:
     dtype = row.norm.dtype
     return History(
         history_norm=row.norm,
@@ -180,7 +181,7 @@ def _entries(
 
 
 def _buffers(entries: History, length: int) -> History:
-    return jax.tree.map(lambda x: jnp.zeros((length,), x.dtype), entries)
+    return jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), entries)
 
 
 def _write(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from optaxclip._kernel import (
+    ClipMetrics,
     ClipState,
     SkipState,
+    Stacked,
     clip_scale,
     find,
     is_unbounded,
     unbounded_like,
-    unique,
 )
 from optaxclip._norms import largest
 from optaxclip._thresholds import no_bound
@@ -156,7 +158,7 @@ def _unstacked(state: Any, per_leaf: bool) -> dict[str, jax.Array]:
 
 def of_skip(state: SkipState) -> dict[str, jax.Array]:
     """What a skip looked at, and how often it skipped."""
-    metrics = (jax.tree.leaves(tree) for tree in state.skip_metrics)
+    metrics = (jax.tree.leaves(kept) for kept in state.skip_metrics)
     rows = [_Row(n, t, jnp.ones_like(n)) for n, t in zip(*metrics, strict=True)]
     worst = _worst(_stacked([_worst(row) for row in rows]))
     return {
@@ -174,18 +176,8 @@ def _of_loss_scale(state: LossScaleState) -> dict[str, jax.Array]:
 
 def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
     """What a clip did, by its worst norm and, if asked, by leaf."""
-    norms, thresholds, scales = state.clip_metrics
-    paths_and_norms, treedef = jax.tree_util.tree_flatten_with_path(norms)
-    paths = [path for path, _ in paths_and_norms]
-    rows = [
-        _Row(norm, threshold, scale)
-        for (_, norm), threshold, scale in zip(
-            paths_and_norms,
-            treedef.flatten_up_to(thresholds),
-            treedef.flatten_up_to(scales),
-            strict=True,
-        )
-    ]
+    kept = (jax.tree.leaves(kept) for kept in state.clip_metrics)
+    rows = list(itertools.starmap(_Row, zip(*kept, strict=True)))
     worst = [_worst(row) for row in rows]
     exceeding = sum((jnp.sum(_exceeds(row)) for row in rows), jnp.int32(0))
     report = {
@@ -196,9 +188,27 @@ def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
         "nonfinite_count": state.nonfinite_count,
         "clip_fraction": state.clip_count / jnp.maximum(state.step_count, 1),
     }
-    if per_leaf and any(paths):  # a norm without a path is the only one
-        for name, row in zip(unique([paths]), worst, strict=True):
-            report |= _values(row, f"/{name}")
+    return report | (_by_name(state.clip_metrics) if per_leaf else {})
+
+
+def _by_name(metrics: ClipMetrics) -> dict[str, jax.Array]:
+    """The same of every norm that has a name: a norm without one is the only one."""
+    norms = metrics.grad_norm
+    if isinstance(norms, Stacked):
+        row = _Row(*(cast(Stacked, kept).norm_values for kept in metrics))
+        values = _values(row)
+        columns = {key: jnp.unstack(column) for key, column in values.items()}
+        return {
+            f"{key}/{name}": column[i]
+            for i, name in enumerate(sorted(norms.norm_names))
+            for key, column in columns.items()
+        }
+    if not isinstance(norms, Mapping):
+        return {}
+    report = {}
+    for name in sorted(norms):
+        row = _Row(*(cast(Mapping, kept)[name] for kept in metrics))
+        report |= _values(_worst(row), f"/{name}")
     return report
 
 

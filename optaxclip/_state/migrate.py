@@ -153,7 +153,7 @@ def _parts(own: Any) -> dict[tuple[Any, ...], Any]:
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(fields)
     keys = _keys([path for path, _ in paths_and_leaves])
     parts = {key: leaf for key, (_, leaf) in zip(keys, paths_and_leaves, strict=True)}
-    return upgraded(parts) if ("history", "history_loss") in parts else parts
+    return upgraded(parts)
 
 
 def _keys(paths: list[tuple[Any, ...]]) -> list[tuple[str, ...]]:

@@ -5,6 +5,9 @@ parameters, and what they return in place of updates are the thresholds.
 """
 
 from optaxclip._thresholds._memory import Number as Number
+from optaxclip._thresholds._memory import (
+    are_scalars_of_one_dtype as are_scalars_of_one_dtype,
+)
 from optaxclip._thresholds._memory import at_bound as at_bound
 from optaxclip._thresholds._memory import at_mean as at_mean
 from optaxclip._thresholds._memory import like as like

@@ -17,7 +17,7 @@ function              an outlying norm becomes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -85,7 +85,12 @@ def per_norm(
     init_one: Callable[[jax.Array], Any],
     update_one: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
 ) -> optax.GradientTransformation:
-    """A rule from its functions for one norm; each state field is a tree of norms."""
+    """A rule from its functions for one norm; each state field is a tree of norms.
+
+    Several scalars of one dtype are one array to these functions, so that a program and
+    a state do not grow with their number: each state field is one array, too, whose
+    last axis has the norms in the order of their names.
+    """
 
     def gather(treedef: Any, states: list[Any]) -> Any:
         empty = [()] * len(state_type._fields)
@@ -93,12 +98,12 @@ def per_norm(
         return state_type(*(treedef.unflatten(field) for field in fields))
 
     def init(params: PyTree) -> Any:
-        norms, treedef = jax.tree.flatten(params)
+        norms, treedef = _joined(params)
         return gather(treedef, [init_one(jnp.asarray(norm)) for norm in norms])
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> Any:
         del params
-        norms, treedef = jax.tree.flatten(updates)
+        norms, treedef = _joined(updates)
         fields = [treedef.flatten_up_to(field) for field in state]
         parts = [state_type(*part) for part in zip(*fields, strict=True)]
         results = [
@@ -106,9 +111,33 @@ def per_norm(
             for norm, part in zip(norms, parts, strict=True)
         ]
         thresholds = treedef.unflatten([threshold for threshold, _ in results])
-        return thresholds, gather(treedef, [new for _, new in results])
+        new = gather(treedef, [new for _, new in results])
+        return _parted_like(updates, thresholds), new
 
     return optax.GradientTransformation(init, update)
+
+
+def are_scalars_of_one_dtype(arrays: Collection[jax.Array]) -> bool:
+    """Whether several arrays can be one array with one axis."""
+    dtypes = {jnp.result_type(x) for x in arrays}
+    return len(arrays) > 1 and len(dtypes) == 1 and not any(map(jnp.ndim, arrays))
+
+
+def _joined(norms: PyTree) -> tuple[list[jax.Array], Any]:
+    """The leaves, or one array of them, and the structure to put results into."""
+    leaves, treedef = jax.tree.flatten(norms)
+    if are_scalars_of_one_dtype(leaves):
+        return [jnp.stack(leaves)], jax.tree.structure(0)
+    return leaves, treedef
+
+
+def _parted_like(norms: PyTree, thresholds: PyTree) -> PyTree:
+    """One threshold for each norm, from what a joined rule returns."""
+    leaves, treedef = jax.tree.flatten(norms)
+    if not are_scalars_of_one_dtype(leaves):
+        return thresholds
+    # The barrier keeps XLA from computing the array anew wherever an element is read.
+    return treedef.unflatten(jnp.unstack(jax.lax.optimization_barrier(thresholds)))
 
 
 def no_bound(dtype: Any) -> float:

@@ -116,14 +116,16 @@ def test_one_all_reduce_for_a_whole_tree(name, kind):
     assert {name: of["count"] for name, of in collectives.items()} == {"all-reduce": 1}
 
 
-def test_units_that_lie_whole_on_a_device_are_asked_once_whether_they_vanished():
+@pytest.mark.parametrize(("rows", "expected"), [(64, {}), (1024, {"all-reduce": 1})])
+def test_units_that_lie_whole_on_a_device(rows, expected):
+    """Columns of large leaves are asked, once, whether they vanished."""
     on = mesh(KINDS["explicit"], 8)
     place = jax.NamedSharding(on, P(None, "x"))
-    tree = [jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=place)] * 3
+    tree = [jax.ShapeDtypeStruct((rows, 128), jnp.float32, sharding=place)] * 3
     norm = functools.partial(optaxclip.unit_norm, axis=0)
     with jax.set_mesh(on):
         collectives = figures(jax.jit(norm).lower(tree).compile())["collectives"]
-    assert {name: of["count"] for name, of in collectives.items()} == {"all-reduce": 1}
+    assert {name: of["count"] for name, of in collectives.items()} == expected
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -2,7 +2,8 @@
 
 The reference is NumPy in float64. Where float32 cannot hold the answer (a norm beyond
 its largest number, a scale below its smallest), the step is counted as not finite.
-Every test runs twice: with the sums that a CPU takes, and with those of GPU and TPU.
+Every test runs with the sums that a CPU takes, of few and of many squares, and with
+those of GPU and TPU.
 """
 
 import hypothesis
@@ -14,6 +15,7 @@ import optax
 import pytest
 
 import optaxclip
+from optaxclip._norms import euclidean
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
@@ -26,13 +28,14 @@ LEAVES = jax.jit(
 )
 
 
-@pytest.fixture(autouse=True, scope="module", params=["cpu", "default"])
+@pytest.fixture(autouse=True, scope="module", params=["cpu", "cpu, many", "default"])
 def platform(request):
     """Takes the sums of this platform, whatever the platform is."""
+    name, _, many = request.param.partition(", ")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            jax.lax, "platform_dependent", lambda x, **takes: takes[request.param](x)
-        )
+        patch.setattr(jax.lax, "platform_dependent", lambda x, **takes: takes[name](x))
+        if many:
+            patch.setattr(euclidean, "MANY", 0)
         jax.clear_caches()
         yield request.param
     jax.clear_caches()
@@ -120,27 +123,39 @@ def test_leaves_of_very_different_magnitude(data):
     sizes = [10.0 ** data.draw(st.integers(-18, 37)) for _ in range(3)]
     tree = {str(i): jnp.full((4,), size, jnp.float32) for i, size in enumerate(sizes)}
     updates, state = LEAVES(tree, jnp.float32(1))
+    norms = state.clip_metrics.grad_norm.norm_values
     for i, size in enumerate(sizes):
         norm = 2 * float(np.float32(size))
-        np.testing.assert_allclose(
-            state.clip_metrics.grad_norm[str(i)], norm, rtol=1e-6
-        )
+        np.testing.assert_allclose(norms[i], norm, rtol=1e-6)
         expected = float(np.float32(size)) * min(1, 1 / norm)
         np.testing.assert_allclose(updates[str(i)], expected, rtol=1e-6)
     assert state.nonfinite_count == 0
 
 
-def test_only_a_cpu_has_a_branch_and_elsewhere_there_are_three_sums(platform):
+SUMS = {"cpu": 1, "cpu, many": 2, "default": 3}
+
+
+def test_only_many_squares_on_a_cpu_have_a_branch(platform):
     lowered = jax.jit(optaxclip.global_norm).lower(jnp.ones(3)).as_text()
-    assert ("stablehlo.case" in lowered) == (platform == "cpu")
-    sums = lowered.count("applies stablehlo.add")
-    assert sums == {"cpu": 2, "default": 3}[platform]
+    assert ("stablehlo.case" in lowered) == (platform == "cpu, many")
+    assert lowered.count("applies stablehlo.add") == SUMS[platform]
 
 
-def test_without_a_branch_a_tiny_leaf_has_its_own_norm(platform):
+def test_no_leaf_waits_for_another_one():
+    lowered = jax.jit(optaxclip.leaf_norm).lower([jnp.ones(3), jnp.ones(4)]).as_text()
+    assert "stablehlo.case" not in lowered
+
+
+def test_a_tiny_leaf_beside_a_larger_one_has_its_own_norm():
     norms = optaxclip.leaf_norm([jnp.full(4, 1e-25), jnp.ones(4)])
-    own = 0.0 if platform == "cpu" else 2e-25
-    np.testing.assert_allclose(norms, [own, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(norms, [2e-25, 2.0], rtol=1e-6)
+
+
+def test_tiny_units_beside_larger_ones(platform):
+    """Where there is a branch, a unit that vanished may be dead: it needs no other."""
+    norms = optaxclip.unit_norm(jnp.array([[1e-25, 1.0], [1e-25, 1.0]]))
+    own = 0.0 if platform == "cpu, many" else 2**0.5 * 1e-25
+    np.testing.assert_allclose(norms, [[own, 2**0.5]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optaxclip._kernel import find
+from optaxclip._kernel import Stacked, find
 from optaxclip._state import HistoryState
 from optaxclip._thresholds import no_bound
 
@@ -72,7 +72,7 @@ def _ordered(count: int, history: Any) -> Rows:
     step = np.arange(max(0, count - length), count)
     at = jax.tree.map(lambda column: np.asarray(column)[step % length], history)
     no_threshold = at.history_threshold >= no_bound(at.history_threshold.dtype)
-    norms = dict(at.history_leaf_norms or {})
+    norms = _by_name(at.history_leaf_norms)
     names = tuple(sorted(norms, key=_natural))
     return Rows(
         step=step,
@@ -86,6 +86,13 @@ def _ordered(count: int, history: Any) -> Rows:
         leaf_names=names,
         end=count,
     )
+
+
+def _by_name(kept: Any) -> dict[str, np.ndarray]:
+    """A column for each leaf."""
+    if isinstance(kept, Stacked):
+        return dict(zip(sorted(kept.norm_names), kept.norm_values.T, strict=True))
+    return dict(kept or {})
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
