@@ -30,7 +30,6 @@ from optaxclip._kernel.names import named as named
 from optaxclip._kernel.names import shapes_of as shapes_of
 from optaxclip._kernel.names import stacked as stacked
 from optaxclip._kernel.names import unique as unique
-from optaxclip._kernel.names import unstacked as unstacked
 from optaxclip._kernel.skip import GuardedStep as GuardedStep
 from optaxclip._kernel.skip import guarded_step as guarded_step
 from optaxclip._kernel.skip import skip_by as skip_by
