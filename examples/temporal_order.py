@@ -84,6 +84,8 @@ class Config:
     units: int = 50  # hidden units
     # A network solves the task once it gets 99% of so many sequences right.
     check: int = 1000  # fresh sequences a check
+    # The machine.
+    cpu_devices: int = 2  # devices that share the seeds, if there is only a CPU
     out: str = "runs/temporal_order"  # folder for metrics, logs, reports, picture
 
 
@@ -536,6 +538,7 @@ def main() -> None:
         raise SystemExit(f"--lengths must be at least 10, got {config.lengths}")
     if config.updates % config.every:
         raise SystemExit(f"--updates must be a multiple of --every, {config.every}")
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     runs: Runs = {}

@@ -36,7 +36,7 @@ Build your own
 
 States and types
   ClipState, ClipMetrics, SkipState, SkipMetrics, LossScaleState, HistoryState, History,
-  GuardedStep, AxisName, Norm, Norms, Rule, Threshold
+  NamedNorms, GuardedStep, AxisName, Norm, Norms, Rule, Threshold
 """
 
 import importlib
@@ -47,6 +47,7 @@ from optaxclip import unit_axes as unit_axes
 from optaxclip._kernel import ClipMetrics as ClipMetrics
 from optaxclip._kernel import ClipState as ClipState
 from optaxclip._kernel import GuardedStep as GuardedStep
+from optaxclip._kernel import NamedNorms as NamedNorms
 from optaxclip._kernel import Norm as Norm
 from optaxclip._kernel import Norms as Norms
 from optaxclip._kernel import Scaling as Scaling
@@ -109,6 +110,7 @@ __all__ = [
     "History",
     "HistoryState",
     "LossScaleState",
+    "NamedNorms",
     "Norm",
     "Norms",
     "Rule",

@@ -23,9 +23,8 @@ from optaxclip._kernel.measure import Norm as Norm
 from optaxclip._kernel.measure import handing_over as handing_over
 from optaxclip._kernel.measure import initial as initial
 from optaxclip._kernel.measure import measure as measure
-from optaxclip._kernel.names import Kept as Kept
+from optaxclip._kernel.names import NamedNorms as NamedNorms
 from optaxclip._kernel.names import Norms as Norms
-from optaxclip._kernel.names import Stacked as Stacked
 from optaxclip._kernel.names import named as named
 from optaxclip._kernel.names import shapes_of as shapes_of
 from optaxclip._kernel.names import stacked as stacked

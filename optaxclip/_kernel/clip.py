@@ -22,7 +22,7 @@ from optaxclip._kernel.decide import (
     unbounded_like,
 )
 from optaxclip._kernel.measure import Norm, initial
-from optaxclip._kernel.names import Kept, computed_once, stacked
+from optaxclip._kernel.names import Norms, computed_once, stacked
 from optaxclip._kernel.probe import check_rule
 from optaxclip._kernel.states import own
 from optaxclip._norms import AxisName, along, prefix_of, split
@@ -35,10 +35,10 @@ PyTree = Any
 class ClipMetrics(NamedTuple):
     """What a clip did in its last step: arrays, or arrays by the names of norms."""
 
-    grad_norm: Kept  #: the norm of the updates before clipping
-    clip_threshold: Kept  #: the bound; the largest finite number if there is none
+    grad_norm: Norms  #: the norm of the updates before clipping
+    clip_threshold: Norms  #: the bound; the largest finite number if there is none
     #: what they were multiplied by, min(1, threshold / norm) unless `apply` has its own
-    clip_scale: Kept
+    clip_scale: Norms
 
     __repr__ = shown
 
@@ -176,7 +176,7 @@ def _check_prefix(norms: PyTree, gradients: PyTree) -> None:
         ) from error
 
 
-def _record(state: ClipState, decision: Decision, scales: Kept) -> ClipState:
+def _record(state: ClipState, decision: Decision, scales: Norms) -> ClipState:
     # A scale that underflowed to 0 wiped its leaves out: as bad as a norm of infinity.
     thresholds = decision.kept_thresholds
     usable = decision.finite & all_of(

@@ -10,9 +10,9 @@ import optax
 
 from optaxclip._kernel.measure import Norm, measure
 from optaxclip._kernel.names import (
-    Kept,
     Named,
     Norms,
+    Separate,
     by_name,
     computed_once,
     named,
@@ -29,20 +29,20 @@ PyTree = Any
 class Decision(NamedTuple):
     """The norms that were measured and the thresholds that they are held to."""
 
-    norms: Norms  # by name, those that `init` saw
-    thresholds: Norms  # of their shapes and dtypes; not negative
-    kept_norms: Kept  # as states keep them
-    kept_thresholds: Kept  # the same of thresholds; finite
+    norms: Separate  # by name, those that `init` saw
+    thresholds: Separate  # of their shapes and dtypes; not negative
+    kept_norms: Norms  # as states keep them
+    kept_thresholds: Norms  # the same of thresholds; finite
     finite: jax.Array  # whether all norms are
     rule_state: PyTree  # the rule's new memory; the old one if a norm is not finite
-    place: Callable[[Norms], PyTree]  # values by name -> tree that the norm made
+    place: Callable[[Separate], PyTree]  # values by name -> tree that the norm made
 
 
 def decide(
     norm: Norm,
     gradients: PyTree,
     params: PyTree,
-    last: Kept,
+    last: Norms,
     rule: optax.GradientTransformationExtraArgs,
     rule_state: PyTree,
     extra_args: dict[str, Any],
@@ -118,7 +118,7 @@ def is_unbounded(threshold: jax.Array) -> jax.Array:
     return threshold >= no_bound(threshold.dtype)
 
 
-def matching(new: Named, like: Norms, argument: str) -> Norms:
+def matching(new: Named, like: Separate, argument: str) -> Separate:
     """The norms in the form and dtypes of ``like``, 0 where one is missing."""
     norms, expected = by_name(new.norms), by_name(like)
     if unknown := sorted(norms.keys() - expected.keys()):

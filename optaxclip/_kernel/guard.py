@@ -13,7 +13,7 @@ import optax
 from optaxclip import _checks
 from optaxclip._kernel.decide import all_of, count_if, decide, unbounded_like
 from optaxclip._kernel.measure import Norm, handing_over, initial, measure
-from optaxclip._kernel.names import Kept, by_name, stacked, unstacked
+from optaxclip._kernel.names import Norms, by_name, stacked, unstacked
 from optaxclip._kernel.probe import check_rule
 from optaxclip._kernel.states import own
 from optaxclip._norms import (
@@ -33,8 +33,8 @@ PyTree = Any
 class SkipMetrics(NamedTuple):
     """What a skip looked at in its last step, as :class:`ClipMetrics` holds it."""
 
-    skip_norm: Kept  #: the norm of the step
-    skip_threshold: Kept  #: a step with a norm above it is skipped
+    skip_norm: Norms  #: the norm of the step
+    skip_threshold: Norms  #: a step with a norm above it is skipped
 
     __repr__ = shown
 
@@ -186,7 +186,7 @@ def without_loss(state: SkipState) -> SkipState:
     ):
         return state
 
-    def without(values: dict[str, jax.Array]) -> Kept:
+    def without(values: dict[str, jax.Array]) -> Norms:
         return {name: values[name] for name in sorted(others)}
 
     return state._replace(skip_metrics=SkipMetrics(without(norms), without(thresholds)))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optaxclip._kernel.names import Norms, named
+from optaxclip._kernel.names import Separate, named
 from optaxclip._norms import (
     AxisName,
     global_norm,
@@ -43,7 +43,7 @@ _known: contextvars.ContextVar[tuple[_Known, ...]] = contextvars.ContextVar(
 )
 
 
-def initial(norm: Norm, params: PyTree) -> Norms:
+def initial(norm: Norm, params: PyTree) -> Separate:
     """Norms of parameters, with the names, shapes and dtypes of gradient norms."""
     with initialising():
         norms = norm(split(params).gradients)

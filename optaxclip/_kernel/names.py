@@ -16,26 +16,26 @@ from optaxclip._show import shown_by_name
 from optaxclip._thresholds import are_scalars_of_one_dtype
 
 PyTree = Any
-Norms = jax.Array | dict[str, jax.Array]
+Separate = jax.Array | dict[str, jax.Array]  # norms one by one
 
 
-class Stacked(NamedTuple):
+class NamedNorms(NamedTuple):
     """Scalars by name in one array, as states keep them.
 
     Every array of a state costs time in each step and a file in each checkpoint.
     """
 
-    norm_names: dict[str, tuple[()]]  #: the names, without a value: in their order
-    norm_values: jax.Array  #: of shape (names,)
+    norm_names: dict[str, tuple[()]]  #: the names as keys, with empty values
+    norm_values: jax.Array  #: in the order of the sorted names
 
     def __repr__(self) -> str:
         return shown_by_name(sorted(self.norm_names), self.norm_values)
 
 
-Kept = Norms | Stacked  # norms as states keep them
+Norms = Separate | NamedNorms  # norms as states keep them
 
 
-def stacked(norms: Norms) -> Kept:
+def stacked(norms: Separate) -> Norms:
     """Norms as states keep them: in one array, if they are scalars of one dtype."""
     if not isinstance(norms, Mapping) or not are_scalars_of_one_dtype(norms.values()):
         return norms
@@ -43,27 +43,27 @@ def stacked(norms: Norms) -> Kept:
     # The barrier keeps XLA from unrolling what reads the array into a chain over its
     # elements, slow to compile.
     values = jax.lax.optimization_barrier(values)
-    return Stacked(dict.fromkeys(sorted(norms), ()), values)
+    return NamedNorms(dict.fromkeys(sorted(norms), ()), values)
 
 
-def computed_once(norms: Norms) -> Norms:
+def computed_once(norms: Separate) -> Separate:
     """Keeps XLA from computing numbers with names again wherever they are read."""
     if not isinstance(norms, Mapping):
         return norms
     return {name: jax.lax.optimization_barrier(norm) for name, norm in norms.items()}
 
 
-def unstacked(kept: Kept) -> Norms:
+def unstacked(kept: Norms) -> Separate:
     """Norms by name, from what a state keeps."""
-    if not isinstance(kept, Stacked):
+    if not isinstance(kept, NamedNorms):
         return kept
     values = jnp.unstack(kept.norm_values)
     return dict(zip(sorted(kept.norm_names), values, strict=True))
 
 
-def shapes_of(kept: Kept) -> Norms:
+def shapes_of(kept: Norms) -> Separate:
     """The shapes and dtypes of norms by name, from what a state keeps."""
-    if not isinstance(kept, Stacked):
+    if not isinstance(kept, NamedNorms):
         return kept
     scalar: Any = jax.ShapeDtypeStruct((), kept.norm_values.dtype)
     shapes: dict[str, Any] = dict.fromkeys(sorted(kept.norm_names), scalar)
@@ -73,15 +73,15 @@ def shapes_of(kept: Kept) -> Norms:
 class Named(NamedTuple):
     """Norms by name, and a way back to the tree that they came from."""
 
-    norms: Norms  # one array if it has no path; of shape (0,) if there is none
-    place: Callable[[Norms], PyTree]  # any numbers by these names (or more) -> tree
+    norms: Separate  # one array if it has no path; of shape (0,) if there is none
+    place: Callable[[Separate], PyTree]  # any numbers by these names (or more) -> tree
 
 
-def named(tree: PyTree, known: Norms | tuple[()] = ()) -> Named:
+def named(tree: PyTree, known: Separate | tuple[()] = ()) -> Named:
     """The norms in a tree by their paths, spelled as the ``known`` ones are."""
     if isinstance(tree, GroupNorms) and tree:
 
-        def hold(values: Norms) -> PyTree:
+        def hold(values: Separate) -> PyTree:
             assert isinstance(values, dict)
             return tree.holding(values)
 
@@ -98,14 +98,14 @@ def named(tree: PyTree, known: Norms | tuple[()] = ()) -> Named:
         names = [f if f in known else n for n, f in zip(names, full, strict=True)]
     norms = {name: norm for name, (_, norm) in zip(names, paths_and_norms, strict=True)}
 
-    def place(values: Norms) -> PyTree:
+    def place(values: Separate) -> PyTree:
         assert isinstance(values, dict)
         return treedef.unflatten([values[name] for name in names])
 
     return Named({name: norms[name] for name in sorted(norms)}, place)
 
 
-def by_name(norms: Norms) -> dict[str, jax.Array]:
+def by_name(norms: Separate) -> dict[str, jax.Array]:
     """The norms as a dict: a single one has the empty name."""
     if isinstance(norms, Mapping):
         return dict(norms)

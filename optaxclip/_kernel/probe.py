@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip._kernel.names import Norms
+from optaxclip._kernel.names import Separate
 
 PyTree = Any
 
@@ -19,7 +19,7 @@ def check_rule(
     call: str,
     argument: str,
     rule: optax.GradientTransformationExtraArgs,
-    norms: Norms,
+    norms: Separate,
 ) -> None:
     """Refuses a clip, a skip or an optimizer in place of a rule.
 
@@ -53,7 +53,7 @@ def _has_schedule(state: PyTree) -> bool:
     return any(map(is_schedule, jax.tree.leaves(state, is_leaf=is_schedule)))
 
 
-def _is_negative(rule: optax.GradientTransformationExtraArgs, norms: Norms) -> bool:
+def _is_negative(rule: optax.GradientTransformationExtraArgs, norms: Separate) -> bool:
     """Whether a norm of 1 gets a threshold below 0, as far as that can be told."""
     one = jnp.ones((), jnp.float32)
     told = _of(rule, one)
@@ -62,7 +62,7 @@ def _is_negative(rule: optax.GradientTransformationExtraArgs, norms: Norms) -> b
     return bool(told)
 
 
-def _of(rule: optax.GradientTransformationExtraArgs, ones: Norms) -> bool | None:
+def _of(rule: optax.GradientTransformationExtraArgs, ones: Separate) -> bool | None:
     """Whether some of these norms gets a threshold below 0; None for an error."""
     with jax.ensure_compile_time_eval():
         try:

@@ -12,7 +12,7 @@ import optax
 
 from optaxclip import _checks
 from optaxclip._kernel import (
-    Kept,
+    Norms,
     check_sizes,
     count_if,
     handing_over,
@@ -47,7 +47,7 @@ class History(NamedTuple):
     history_has_loss: jax.Array  #: 1 if a loss was passed; int8
     history_clipped: jax.Array  #: 1 if the step was clipped; int8
     history_skipped: jax.Array  #: 1 if the step was skipped; int8
-    history_leaf_norms: Kept | tuple[()]  #: by the names of the leaves, if asked
+    history_leaf_norms: Norms | tuple[()]  #: by the names of the leaves, if asked
 
     __repr__ = shown
 
@@ -166,7 +166,9 @@ def record_history(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _entries(row: Row, loss: jax.Array | None, leaf_norms: Kept | tuple[()]) -> History:
+def _entries(
+    row: Row, loss: jax.Array | None, leaf_norms: Norms | tuple[()]
+) -> History:
     dtype = row.norm.dtype
     return History(
         history_norm=row.norm,

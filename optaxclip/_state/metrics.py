@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from optaxclip._kernel import (
     ClipMetrics,
     ClipState,
+    NamedNorms,
     SkipState,
-    Stacked,
     clip_scale,
     find,
     is_unbounded,
@@ -194,8 +194,8 @@ def of_clip(state: ClipState, per_leaf: bool) -> dict[str, jax.Array]:
 def _by_name(metrics: ClipMetrics) -> dict[str, jax.Array]:
     """The same of every norm that has a name: a norm without one is the only one."""
     norms = metrics.grad_norm
-    if isinstance(norms, Stacked):
-        row = _Row(*(cast(Stacked, kept).norm_values for kept in metrics))
+    if isinstance(norms, NamedNorms):
+        row = _Row(*(cast(NamedNorms, kept).norm_values for kept in metrics))
         values = _values(row)
         columns = {key: jnp.unstack(column) for key, column in values.items()}
         return {

@@ -27,11 +27,12 @@ def example(monkeypatch):
 
 
 def run(arguments: str, out: Path, devices: int = 1) -> subprocess.CompletedProcess:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    arguments = f"{TINY} {arguments} --cpu-devices {devices}"
+    # Import the package under test, which need not be installed.
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
-        [sys.executable, SCRIPT, *TINY.split(), *arguments.split(), "--out", out],
-        # Import the package under test, which need not be installed.
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
+        [sys.executable, SCRIPT, *arguments.split(), "--out", out],
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
         capture_output=True,
         encoding="utf-8",
         timeout=900,

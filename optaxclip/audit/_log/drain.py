@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optaxclip._kernel import Stacked, find
+from optaxclip._kernel import NamedNorms, find
 from optaxclip._state import HistoryState
 from optaxclip._thresholds import no_bound
 
@@ -90,7 +90,7 @@ def _ordered(count: int, history: Any) -> Rows:
 
 def _by_name(kept: Any) -> dict[str, np.ndarray]:
     """A column for each leaf."""
-    if isinstance(kept, Stacked):
+    if isinstance(kept, NamedNorms):
         return dict(zip(sorted(kept.norm_names), kept.norm_values.T, strict=True))
     return dict(kept or {})
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._kernel import ClipState, SkipState, Stacked, find, is_unbounded
+from optaxclip._kernel import ClipState, NamedNorms, SkipState, find, is_unbounded
 from optaxclip._thresholds import Rule, Threshold, as_rule
 
 
@@ -25,7 +25,7 @@ def rule_of(call: str, rule: Threshold | Rule) -> optax.GradientTransformationEx
         return given
     of_two: Any = jax.eval_shape(given.init, (norm, norm))
     is_clip = isinstance(of_two, ClipState)
-    if not is_clip or isinstance(of_two.clip_metrics.grad_norm, Stacked):
+    if not is_clip or isinstance(of_two.clip_metrics.grad_norm, NamedNorms):
         raise ValueError(
             f"`{call}(rule=...)` must be a rule or a clip of the global norm, got a "
             f"transformation with the state {find.kinds(state)}: pass the clip without "
