@@ -10,6 +10,7 @@ from optaxclip._thresholds._memory import (
 )
 from optaxclip._thresholds._memory import at_bound as at_bound
 from optaxclip._thresholds._memory import at_mean as at_mean
+from optaxclip._thresholds._memory import elementwise as elementwise
 from optaxclip._thresholds._memory import like as like
 from optaxclip._thresholds._memory import no_bound as no_bound
 from optaxclip._thresholds._memory import per_norm as per_norm

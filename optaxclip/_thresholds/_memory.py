@@ -117,6 +117,12 @@ def per_norm(
     return optax.GradientTransformation(init, update)
 
 
+def elementwise(function: Callable[[jax.Array], jax.Array], values: PyTree) -> PyTree:
+    """The function of every array; of several scalars of one dtype at once."""
+    joined, treedef = _joined(values)
+    return _parted_like(values, treedef.unflatten([function(x) for x in joined]))
+
+
 def are_scalars_of_one_dtype(arrays: Collection[jax.Array]) -> bool:
     """Whether several arrays can be one array with one axis."""
     dtypes = {jnp.result_type(x) for x in arrays}
@@ -127,7 +133,7 @@ def _joined(norms: PyTree) -> tuple[list[jax.Array], Any]:
     """The leaves, or one array of them, and the structure to put results into."""
     leaves, treedef = jax.tree.flatten(norms)
     if are_scalars_of_one_dtype(leaves):
-        return [jnp.stack(leaves)], jax.tree.structure(0)
+        return [_whole(jnp.stack(leaves))], jax.tree.structure(0)
     return leaves, treedef
 
 
@@ -136,8 +142,21 @@ def _parted_like(norms: PyTree, thresholds: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(norms)
     if not are_scalars_of_one_dtype(leaves):
         return thresholds
-    # The barrier keeps XLA from computing the array anew wherever an element is read.
-    return treedef.unflatten(jnp.unstack(jax.lax.optimization_barrier(thresholds)))
+    return treedef.unflatten(jnp.unstack(_whole(thresholds)))
+
+
+def _whole(values: jax.Array) -> jax.Array:
+    """The same array, which XLA computes once, and not for each use of an element.
+
+    Else each element would be a program as long as a rule, or as the list of norms. On
+    CPUs, JAX before 0.11 drops barriers too early; a sorted array it does compute once.
+    """
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(values, cpu=_sorted, default=barrier)
+
+
+def _sorted(values: jax.Array) -> jax.Array:
+    return jax.lax.sort((jnp.arange(len(values)), values), num_keys=1)[1]
 
 
 def no_bound(dtype: Any) -> float:

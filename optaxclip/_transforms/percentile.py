@@ -14,7 +14,14 @@ from optaxclip import _checks
 from optaxclip._kernel import Norm, clip_by
 from optaxclip._norms import AxisName, global_norm
 from optaxclip._show import chosen, default
-from optaxclip._thresholds import Number, Rule, Threshold, lowest, quantile
+from optaxclip._thresholds import (
+    Number,
+    Rule,
+    Threshold,
+    elementwise,
+    lowest,
+    quantile,
+)
 
 
 def clip_by_percentile(
@@ -224,7 +231,7 @@ def _multiplied(rule: Rule, factor: Number) -> Rule:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         thresholds, state = rule.update(updates, state, params)
-        return jax.tree.map(times, thresholds), state
+        return elementwise(times, thresholds), state
 
     return optax.GradientTransformation(rule.init, update)
 
