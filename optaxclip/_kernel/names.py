@@ -20,9 +20,21 @@ Separate = jax.Array | dict[str, jax.Array]  # norms one by one
 
 
 class NamedNorms(NamedTuple):
-    """Scalars by name in one array, as states keep them.
+    """The norms of leaves or subtrees in one array, as a state keeps them.
 
-    Every array of a state costs time in each step and a file in each checkpoint.
+    Every array of a state costs time in each step and a record in each checkpoint, so
+    there is one for all norms that are scalars of one dtype. Thresholds and scales are
+    kept in the same way.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.clip_by_leaf_norm(1.0)
+      >>> grads = {"layer": {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}}
+      >>> _, state = tx.update(grads, tx.init(grads))
+      >>> norms = state.clip_metrics.grad_norm
+      >>> print(sorted(norms.norm_names), norms.norm_values)
+      ['layer/b', 'layer/w'] [0.5 5. ]
     """
 
     norm_names: dict[str, tuple[()]]  #: the names as keys, with empty values
