@@ -34,7 +34,7 @@ class Groups(NamedTuple):
         return members
 
 
-# So many squares take longer in float64 than a conditional for them adds.
+# From so many squares on, float64 costs more than a conditional.
 MANY = 2**17
 
 By = Groups | tuple[Axes, ...]  # of each leaf: its group, or the axes of its units

@@ -7,11 +7,11 @@ XLA for GPU and TPU takes several sums in one read, whose time is that of memory
 each sum is taken in three units, and the one that is sound is chosen. No device waits
 for a norm, and a TPU keeps gradients that it has fetched.
 
-XLA for CPU would read three times. There, sums are taken in float64, which makes no
-norm wait for another one, and is a short program. It takes a third longer than float32
-for a whole leaf, and more for columns. So a single norm, and those of columns of large
-leaves, are taken as they are. Only if one overflowed or nearly vanished, a conditional
-takes them again.
+XLA for CPU would read three times. There, most sums are taken in float64. No norm then
+waits for another one, and the program is short, but the sum of a leaf takes a third
+longer than in float32, and sums of its columns take longer still. So two kinds are
+taken in float32: the one sum of a large tree, and those of the columns of large leaves.
+Only if such a sum overflowed or nearly vanished, a conditional takes it again.
 """
 
 import functools
@@ -30,7 +30,7 @@ Arrays = list[jax.Array]
 Sums = Callable[[Arrays, Sequence[Units], Any], list[Arrays]]
 
 # The scope of a compiled program, and of a profile, that a step ordinarily leaves out.
-RARE = "sums_in_other_units"
+RARE = "sums_taken_again"
 
 
 def roots(
@@ -38,8 +38,8 @@ def roots(
 ) -> Arrays:
     """The roots of all sums, each from a sum that is sound.
 
-    ``counts`` has the number of squares in each sum, over all devices. On a CPU, sums
-    are ``in_float64``, or have a conditional.
+    ``counts`` has the number of squares in each sum, over all devices. Where not
+    ``in_float64``, a CPU takes them in float32, with a conditional.
     """
     dtype = accumulator(*(x.dtype for x in leaves))
     if all(_squares_fit(x.dtype) for x in leaves):
@@ -86,12 +86,17 @@ def _with_branch(leaves: Arrays, sums: Sums, counts: Sequence[int]) -> Arrays:
     dtype = accumulator(*(x.dtype for x in leaves))
     info = jnp.finfo(dtype)
     (totals,) = sums(leaves, [None], dtype)
+    # Squares that underflowed, each below the smallest normal number, can be seen in a
+    # sum below this.
+    seen: Any = [max(count, 1) * float(info.tiny) / float(info.eps) for count in counts]
+    rows = list(zip(totals, seen, strict=True))
+    if len(totals) > 1 and not any(total.ndim for total in totals):
+        # Asked once of a vector: of many scalars it would be as many kernels.
+        whole = lax.optimization_barrier(jnp.stack(totals))
+        rows = [(whole, jnp.asarray(seen, dtype))]
     off, some = jnp.zeros((2,), bool)
-    for total, count in zip(totals, counts, strict=True):
-        # Squares that underflowed, each below the smallest normal number, can be seen
-        # in a sum below this.
-        seen = max(count, 1) * float(info.tiny) / float(info.eps)
-        off |= jnp.any(jnp.isinf(total) | ((total > 0) & (total < seen)))
+    for total, least in rows:
+        off |= jnp.any(jnp.isinf(total) | ((total > 0) & (total < least)))
         some |= jnp.any(total != 0)
     again = functools.partial(_in_float64, sums=sums)
     if dtype == jnp.float64:

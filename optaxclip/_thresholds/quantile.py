@@ -15,7 +15,7 @@ from optaxclip._thresholds._memory import Number, PyTree, no_bound, per_norm
 
 
 class QuantileState(NamedTuple):
-    """State of :func:`quantile`: trees of the structure of the norms."""
+    """State of :func:`quantile`: for each norm, or one array for several."""
 
     quantile_ring: PyTree  # (window, *norm.shape): the norms as they came, else inf
     quantile_sorted: PyTree  # the same in ascending order

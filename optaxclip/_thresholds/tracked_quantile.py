@@ -14,7 +14,7 @@ from optaxclip._thresholds._memory import Number, PyTree, like, no_bound, per_no
 
 
 class TrackedQuantileState(NamedTuple):
-    """State of :func:`tracked_quantile`: trees of the structure of the norms."""
+    """State of :func:`tracked_quantile`: for each norm, or one array for several."""
 
     tracked_log_threshold: PyTree  # the threshold's logarithm; infinity before a start
     tracked_log_remainder: PyTree  # what rounding has kept out of it so far

@@ -19,7 +19,7 @@ PyTree = Any
 
 
 class AdagnState(NamedTuple):
-    """State of :func:`adagn`: trees of the structure of the norms."""
+    """State of :func:`adagn`: for each norm, or one array for several."""
 
     adagn_count: PyTree  #: how many norms were recorded, int32
     adagn_mean: (

@@ -15,7 +15,7 @@ from optaxclip._thresholds import Number, like, per_norm
 
 
 class SketchState(NamedTuple):
-    """State of :func:`sketched_quantile`: a tree of the structure of the norms."""
+    """State of :func:`sketched_quantile`: for each norm, or one array for several."""
 
     sketch_weights: jax.Array  #: what each bin has counted, bins first
 

@@ -17,9 +17,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def squares(dtype):
-    """The size of float64 squares in units of the gradients, if they are written."""
-    return 8 / jnp.dtype(dtype).itemsize if WRITES_SQUARES else 0
+def squares(dtype, wide=False):
+    """The size of these squares in units of the gradients, if they are written.
+
+    They are float32, or ``wide``: float64.
+    """
+    return (8 if wide else 4) / jnp.dtype(dtype).itemsize if WRITES_SQUARES else 0
 
 
 @functools.cache
@@ -67,10 +70,11 @@ def test_a_clip_reads_the_gradients_once_and_copies_nothing(name, monkeypatch):
     if name == "value":  # several devices cost it a copy on CPUs, see `_maximum`
         monkeypatch.setattr(jax, "device_count", lambda: 1)
     moved, temporary, with_rare = cost(name)
-    written = squares(jnp.float32)
+    written = squares(jnp.float32, wide=name in ("leaf", "layer", "rms"))
+    again = squares(jnp.float32, wide=name != "value")  # where sums are off
     assert moved - cost("adamw")[0] <= 1.05 + 2 * written
-    assert temporary <= 0.02 + written
-    assert with_rare - moved <= 1.05 + 2 * written
+    assert temporary <= 0.02 + again
+    assert with_rare - moved <= 1.05 + 2 * again
 
 
 def test_optax_is_what_the_budget_was_set_against():
@@ -99,9 +103,10 @@ def test_a_norm_is_one_read_and_no_copy(norm, dtype):
     grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     program = jax.jit(norm).lower(params).compile()
     counted = figures(program)
-    written = squares(dtype)
+    written = squares(dtype, wide=norm is optaxclip.leaf_norm)
     assert counted["bytes_moved"] <= (1.02 + 2 * written) * grad_bytes
-    assert counted["temp_bytes"] <= (0.02 + written) * grad_bytes
+    again = squares(dtype, wide=True)  # where sums are off
+    assert counted["temp_bytes"] <= (0.02 + again) * grad_bytes
 
 
 MANY = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(300)}
@@ -119,18 +124,20 @@ def percentile_of_leaves(factor):
 
 
 @pytest.mark.parametrize(
-    ("make", "theirs", "most"),
+    ("make", "theirs", "most", "before_0_11"),  # which fuses across barriers
     [
-        (optaxclip.clip_by_global_norm, optax.clip_by_global_norm, 1.15),
-        (optaxclip.clip_by_leaf_norm, optax.clip_by_block_rms, 1.22),
-        (optaxclip.clip_by_block_rms, optax.clip_by_block_rms, 1.25),
-        (percentile_of_leaves, optax.clip_by_block_rms, 1.5),
+        (optaxclip.clip_by_global_norm, optax.clip_by_global_norm, 1.15, 1.15),
+        (optaxclip.clip_by_leaf_norm, optax.clip_by_block_rms, 1.22, 1.45),
+        (optaxclip.clip_by_block_rms, optax.clip_by_block_rms, 1.25, 1.6),
+        (percentile_of_leaves, optax.clip_by_block_rms, 1.5, 1.95),
     ],
 )
 @pytest.mark.sample(2)
-def test_many_leaves_compile_to_little_more_than_optax(make, theirs, most):
-    if jax.__version_info__ < (0, 11):  # it fuses across barriers
-        most *= 1.32
+def test_many_leaves_compile_to_little_more_than_optax(make, theirs, most, before_0_11):
+    if jax.__version_info__ < (0, 11):
+        most = before_0_11
+    if WRITES_SQUARES:
+        most += 0.1
     assert instructions(make) <= most * instructions(theirs)
 
 

@@ -135,7 +135,7 @@ ENTRY %main (p: pred[], a: f32[8], n: f32[]) -> f32[] {
         "true_computation=%not, false_computation=%again",
     ],
 )
-def test_sums_in_other_units_are_no_part_of_an_ordinary_step(
+def test_sums_taken_again_are_no_part_of_an_ordinary_step(
     scope, moved, reduced, branches
 ):
     scope = (

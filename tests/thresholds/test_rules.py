@@ -162,6 +162,18 @@ def test_a_multiple_and_a_cap_do_not_enter_the_memory(name):
 
 
 @every_rule
+@pytest.mark.sample(4)
+def test_norms_that_share_an_array_are_each_as_alone(name):
+    rule, norms = rule_of(name), {"b": lognormal(0.3, 60), "a": 7 * lognormal(0.1, 60)}
+    together, state = scan(rule, norms)
+    for leaf in norms:
+        alone, _ = scan(rule, norms[leaf])
+        np.testing.assert_allclose(together[leaf], alone, rtol=1e-6)
+    shapes = {x.shape[-1:] for x in jax.tree.leaves(state)}
+    assert shapes == {(2,)}
+
+
+@every_rule
 def test_numbers_may_be_traced(name):
     make, numbers = RULES[name]
     norms = lognormal(0.3, 150)
