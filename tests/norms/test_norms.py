@@ -55,6 +55,16 @@ def test_leaf_rms_equals_numpy():
     )
 
 
+@pytest.mark.parametrize("sizes", [(1e200, 1.0), (1e-200, 1e-200), (1e-152, 1.0)])
+def test_float64_leaves_whose_squares_do_not_fit(sizes):
+    with jax.enable_x64(True):
+        leaves = [jnp.full(4, size) for size in sizes]
+        norms = optaxclip.leaf_norm(leaves)
+        np.testing.assert_allclose(norms, [2 * size for size in sizes], rtol=1e-12)
+        whole = optaxclip.global_norm(leaves)
+    np.testing.assert_allclose(whole, 2 * np.hypot(*sizes), rtol=1e-12)
+
+
 def test_float64_leaves_are_measured_in_float64():
     with jax.enable_x64(True):
         leaf = array(9, dtype=jnp.float64)
