@@ -221,15 +221,33 @@ def cross_entropy(model: CNN, images_BHWC: jax.Array, labels_B: jax.Array) -> ja
     return losses_B.mean()
 
 
-def new_model(config: Config, seed: int) -> tuple[Any, Any]:
-    return nnx.split(CNN(width=config.width, rngs=nnx.Rngs(seed)))
+def new_model(config: Config, seed: Any) -> tuple[Any, Any]:
+    return nnx.split(CNN(width=config.width, rngs=nnx.Rngs(jax.random.key(seed))))
+
+
+def structure(config: Config) -> Any:
+    """What `nnx.merge` needs besides the parameters, without making any."""
+    graphdef, _ = nnx.eval_shape(lambda: new_model(config, seed=0))
+    return graphdef
 
 
 # --- training -------------------------------------------------------------------------
 
 
-def on_every_device(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.stack([x] * jax.device_count()), tree)
+def new_state_of(config: Config, tx: Any) -> Callable[..., Any]:
+    """From the seed, once for each device, to parameters and optimizer state."""
+
+    def new_state(seed: jax.Array) -> Any:
+        _, params = new_model(config, seed)
+        return params, tx.init(params)
+
+    # The axis by its name in the step: with another sharding, the step compiles twice.
+    return jax.pmap(new_state, axis_name="devices")
+
+
+def first_copy(tree: Any) -> Any:
+    """The arrays of the first device, on the host."""
+    return jax.tree.map(lambda x_D: x_D[0], jax.device_get(tree))
 
 
 def shared_out(batch: Batch) -> Batch:
@@ -242,7 +260,7 @@ def shared_out(batch: Batch) -> Batch:
 
 def train_step_of(config: Config, tx: Any) -> Callable[..., Any]:
     """The step that every device takes with its part of a batch."""
-    graphdef, _ = new_model(config, seed=0)
+    graphdef = structure(config)
 
     def train_step(
         state: Any, images_BHWC: jax.Array, labels_B: jax.Array
@@ -261,7 +279,7 @@ def train_step_of(config: Config, tx: Any) -> Callable[..., Any]:
 
 
 def validation_of(config: Config) -> Callable[..., dict[str, jax.Array]]:
-    graphdef, _ = new_model(config, seed=0)
+    graphdef = structure(config)
 
     @jax.jit
     def validate(params: Any, images_BHWC: Any, labels_B: Any) -> dict[str, jax.Array]:
@@ -275,20 +293,19 @@ def validation_of(config: Config) -> Callable[..., dict[str, jax.Array]]:
 
 
 def train(
-    config: Config, name: str, seed: int, tx: Any, steps: Any, data: Any, path: Path
+    config: Config, name: str, seed: int, programs: Any, data: Any, path: Path
 ) -> list[dict[str, Any]]:
     """The metrics of a run, one row per step; its log is written to the path."""
-    train_step, validate = steps
+    new_state, train_step, validate = programs
     images_NHWC, labels_N, *valid = data
-    _, params = new_model(config, seed)
+    state = new_state(np.full(jax.device_count(), seed))
     path.unlink(missing_ok=True)  # an existing log would be continued
     log = ClipLog(
         path,
-        params=params,
+        params=first_copy(state[0]),
         transform=name,
         hyperparameters=dataclasses.asdict(config) | {"seed": seed},
     )
-    state = on_every_device((params, tx.init(params)))
     batches = broken(config, training_batches(config, images_NHWC, labels_N, seed))
     rows: list[dict[str, Any]] = []
     bar = tqdm(total=config.steps, desc=f"{name}, seed {seed}", unit="step")
@@ -305,8 +322,8 @@ def train(
             values = {key: value[0].item() for key, value in metrics_D.items()}
             rows.append({"step": len(rows) + 1} | values)
         log.update(state[1])
-        first = jax.tree.map(lambda x_D: x_D[0], state[0])
-        rows[-1] |= {key: x.item() for key, x in validate(first, *valid).items()}
+        validation = validate(first_copy(state[0]), *valid)
+        rows[-1] |= {key: x.item() for key, x in validation.items()}
         bar.set_postfix_str(f"wrong {rows[-1]['val_error']:.1%}", refresh=False)
         bar.update(len(pending))
     bar.close()
@@ -423,6 +440,7 @@ def main() -> None:
     data = load_digits()
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
+    validate = validation_of(config)
     runs: Runs = {}
     for name in config.clip.split(","):
         tx = optaxclip.record_history(
@@ -433,10 +451,10 @@ def main() -> None:
             axis_name=(),
         )
         # One for all seeds, so that they compile once.
-        steps = train_step_of(config, tx), validation_of(config)
+        programs = new_state_of(config, tx), train_step_of(config, tx), validate
         for seed in range(config.seeds):
             path = folder / f"{name}-seed{seed}.jsonl"
-            rows = train(config, name, seed, tx, steps, data, path)
+            rows = train(config, name, seed, programs, data, path)
             save(rows, path.with_suffix(".csv"))
             report(read(path), path.with_suffix(".html"), title=f"digits_cnn, {name}")
             runs.setdefault(label(config, name), []).append(rows)

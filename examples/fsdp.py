@@ -575,6 +575,8 @@ def main() -> None:
     config = read_config()
     if unknown := set(config.clip.split(",")) - set(CLIPS):
         raise SystemExit(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
+    if not 0 <= config.spike < config.steps:
+        raise SystemExit(f"--spike must be a step below --steps, {config.steps}")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", config.cpu_devices // config.processes)
     if config.coordinator:

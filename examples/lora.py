@@ -186,15 +186,19 @@ def new_model(
 # --- training -------------------------------------------------------------------------
 
 
+def on_every_device(mesh: Mesh, *modules: Any) -> None:
+    """Places them as a step returns them: otherwise, the step would compile twice."""
+    state = jax.device_put(nnx.state(modules), NamedSharding(mesh, P()))
+    nnx.update(modules, state)
+
+
 def pretrain(config: Config, sharding: NamedSharding) -> Transformer:
     base = new_base(config)
     rate = optax.cosine_decay_schedule(config.base_rate, config.base_steps, 0.1)
     tx = optax.chain(optaxclip.clip_by_percentile(), optax.adamw(rate))
     tx = optaxclip.skip_nonfinite(tx)
     optimizer = nnx.Optimizer(base, tx, wrt=nnx.Param)
-    whole = NamedSharding(sharding.mesh, P())
-    state = jax.device_put(nnx.state((base, optimizer)), whole)
-    nnx.update((base, optimizer), state)
+    on_every_device(sharding.mesh, base, optimizer)
     text, _ = load_text()
     stream = batches(text, config.batch, config.context, seed=0)
     for _ in tqdm(range(config.base_steps), desc="base", unit="step"):
@@ -232,6 +236,7 @@ def fine_tune(
     held_out = batches(validation_text, config.batch, config.context, seed=0)
     held_out = jax.device_put([next(held_out) for _ in range(8)], sharding)
     model, optimizer = new_model(config, base, clip, seed)
+    on_every_device(sharding.mesh, model, optimizer)
 
     def validate() -> float:
         return statistics.fmean(validation_loss(model, x).item() for x in held_out)

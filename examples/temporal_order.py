@@ -78,12 +78,12 @@ class Config:
     max_flow: float = 0.03  # step: largest norm of what flows back through a time step
     # The training.
     updates: int = 3000  # give up on a network after so many
-    every: int = 50  # updates between two checks whether a network solves it
+    every: int = 100  # updates between two checks whether a network solves it
     batch: int = 20  # sequences a batch
     rate: float = 0.1  # learning rate of plain SGD
     units: int = 50  # hidden units
     # A network solves the task once it gets 99% of so many sequences right.
-    check: int = 1000  # fresh sequences a check
+    check: int = 500  # fresh sequences a check
     # The machine.
     cpu_devices: int = 2  # devices that share the seeds, if there is only a CPU
     out: str = "runs/temporal_order"  # folder for metrics, logs, reports, picture
@@ -146,12 +146,15 @@ def temporal_order(
     symbols that mean nothing stand everywhere else: AA, AB, BA and BB are the classes.
     """
     tenth = length // 10
-    keys = jax.random.split(key, 3)
-    symbols_BT = jax.random.randint(keys[0], (batch, length), 2, SYMBOLS)
-    marks_B2 = jax.random.randint(keys[1], (batch, 2), 0, 2)
-    places_B2 = jax.random.randint(keys[2], (batch, 2), 0, tenth)
+    # One draw for everything: the program compiles in half the time.
+    chance_BX = jax.random.uniform(key, (batch, 4 + length))
+    marks_B2 = (2 * chance_BX[:, :2]).astype(int)
+    places_B2 = (tenth * chance_BX[:, 2:4]).astype(int)
     places_B2 += jnp.array([tenth, length // 2])
-    symbols_BT = symbols_BT.at[jnp.arange(batch)[:, None], places_B2].set(marks_B2)
+    symbols_BT = (2 + (SYMBOLS - 2) * chance_BX[:, 4:]).astype(int)
+    for mark_B, place_B in zip(marks_B2.T, places_B2.T, strict=True):
+        is_here_BT = jnp.arange(length) == place_B[:, None]
+        symbols_BT = jnp.where(is_here_BT, mark_B[:, None], symbols_BT)
     labels_B = marks_B2 @ jnp.array([2, 1])
     return jax.nn.one_hot(symbols_BT, SYMBOLS), labels_B
 

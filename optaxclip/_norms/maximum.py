@@ -1,11 +1,13 @@
 """The max-norm: NaN where there is one, on every device, and differentiable.
 
 A maximum of floats over several devices may lose a NaN (XLA for CPU does), so that one
-device clips and another does not. So the maximum is taken of the bits: as integers, the
-bits of non-negative floats have the order of the floats, with infinity above every
-number and NaN above infinity. XLA for CPU writes the integers to memory before it
-reduces them, so a single device uses floats. Neither integers nor `lax.pmax` have a
-derivative, so it is given here: the mean over the places of the maximum.
+device clips and another does not. XLA for GPU and TPU takes the maximum of the bits: as
+integers, the bits of non-negative floats have the order of the floats, with infinity
+above every number and NaN above infinity. XLA for CPU would write these integers to
+memory. There, several devices look for a NaN by a second reduction.
+
+Neither integers nor `lax.pmax` have a derivative, so it is given here: the mean over
+the places of the maximum.
 """
 
 import functools
@@ -22,15 +24,23 @@ ArrayAxes = tuple[int, ...] | None
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def largest(modulus: jax.Array, axis: ArrayAxes, share: MeshAxes) -> jax.Array:
     """The largest of non-negative numbers, over ``axis`` or all; 0 if there is none."""
-    keepdims = axis is not None
-    if jax.device_count() == 1:
-        top = jnp.max(modulus, axis=axis, keepdims=keepdims, initial=0)
-        return reduce_max(top, share)
-    integer = jnp.int64 if modulus.dtype == jnp.float64 else jnp.int32
-    bits = lax.bitcast_convert_type(modulus, integer)
-    bits &= jnp.iinfo(integer).max  # a NaN may have a sign
-    top = jnp.max(bits, axis=axis, keepdims=keepdims, initial=0)
-    return lax.bitcast_convert_type(reduce_max(top, share), modulus.dtype)
+    of_all = {"axis": axis, "keepdims": axis is not None}
+
+    def of_floats(modulus: jax.Array) -> jax.Array:
+        top = reduce_max(jnp.max(modulus, **of_all, initial=0), share)
+        if jax.device_count() == 1:
+            return top
+        nan = jnp.any(jnp.isnan(modulus), **of_all).astype(jnp.int32)
+        return jnp.where(reduce_max(nan, share) > 0, jnp.nan, top)
+
+    def of_bits(modulus: jax.Array) -> jax.Array:
+        integer = jnp.int64 if modulus.dtype == jnp.float64 else jnp.int32
+        bits = lax.bitcast_convert_type(modulus, integer)
+        bits &= jnp.iinfo(integer).max  # a NaN may have a sign
+        top = jnp.max(bits, **of_all, initial=0)
+        return lax.bitcast_convert_type(reduce_max(top, share), modulus.dtype)
+
+    return lax.platform_dependent(modulus, cpu=of_floats, default=of_bits)
 
 
 @largest.defjvp

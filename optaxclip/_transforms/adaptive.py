@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks
-from optaxclip._kernel import Norm, clip_by
-from optaxclip._norms import AxisName, global_norm, leaf_norm
+from optaxclip._kernel import Norm, clip_by, handing_over, measure
+from optaxclip._norms import AxisName, along, global_norm, leaf_norm, split
 from optaxclip._show import chosen, default
 from optaxclip._thresholds import Number, Threshold, ema, zscore
 from optaxclip._transforms.fixed import clip_by_global_norm
@@ -113,15 +113,15 @@ def adagc(
       decay: :math:`\beta` in [0, 1).
       warmup: The number of steps to start from. For a leaf, norms of 0 do not count.
       warmup_norm: The largest global norm until then. ``None`` clips nothing in that
-        time, and saves a second read of the gradients.
+        time.
       axis_name: As in :func:`optaxclip.clip_by`.
 
     Returns:
-      A chain of two clips, by global norm and by leaf norm. Its state is a dict with
-      the keys ``warmup`` and ``adagc``, which are also the prefixes of
-      :func:`optaxclip.metrics`. :func:`optaxclip.record_history` needs the name of one
-      of them, such as ``clip="0/adagc"`` if this is the first part of a chain. With
-      ``warmup_norm=None``, it is the second clip alone.
+      Two clips in a row, by global norm and by leaf norm, that share one read of the
+      gradients. Their state is a dict with the keys ``warmup`` and ``adagc``, which are
+      also the prefixes of :func:`optaxclip.metrics`. :func:`optaxclip.record_history`
+      needs the name of one of them, such as ``clip="0/adagc"`` if this is the first
+      part of a chain. With ``warmup_norm=None``, it is the second clip alone.
       Norms that are 0 (frozen leaves, experts without tokens) or not finite are not
       remembered. In the published form it takes 2,000 steps to recover from 100 steps
       of 0.
@@ -155,23 +155,38 @@ def adagc(
         return jnp.where(jnp.asarray(step) < warmup, warmup_norm, jnp.inf)
 
     warmup_clip = clip_by_global_norm(cap, axis_name=axis_name)
-    return _named_chain(warmup=warmup_clip, adagc=clip)
+    return _global_then_leaf(warmup_clip, clip, along(leaf_norm, axis_name))
 
 
-def _named_chain(
-    **transforms: optax.GradientTransformation,
+def _global_then_leaf(
+    warmup: optax.GradientTransformationExtraArgs,
+    adagc: optax.GradientTransformationExtraArgs,
+    norm: Norm,
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax.named_chain`` with a plain dict as state: Flax saves no ordered one."""
-    chained = optax.named_chain(*transforms.items())
+    """Two clips, one after the other, that share one read of the gradients.
+
+    The norms of leaves give the global norm. Those after the first clip are what they
+    were, times its scale.
+    """
 
     def init(params: PyTree) -> dict[str, Any]:
-        state: Any = chained.init(params)
-        return dict(state)
+        return {"warmup": warmup.init(params), "adagc": adagc.init(params)}
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, dict[str, Any]]:
-        updates, state = chained.update(updates, state, params, **extra_args)
-        return updates, dict(state)
+        gradients = split(updates).gradients
+        norms = measure(norm, gradients)
+        with handing_over(norm, gradients, norms):
+            updates, warmup_state = warmup.update(
+                updates, state["warmup"], params, **extra_args
+            )
+        scale = warmup_state.clip_metrics.clip_scale
+        norms = jax.tree.map(lambda n: (n * scale).astype(n.dtype), norms)
+        with handing_over(norm, split(updates).gradients, norms):
+            updates, adagc_state = adagc.update(
+                updates, state["adagc"], params, **extra_args
+            )
+        return updates, {"warmup": warmup_state, "adagc": adagc_state}
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -329,3 +329,62 @@ def test_poor_logs_are_drawn_without_an_error(norm, browser, tmp_path):
         page.locator("#panels").focus()
         page.keyboard.press("End")
         assert step_of(page.inner_text("#readout")) == 2**62 + len(norm) - 1
+
+
+@pytest.mark.slow
+def test_a_step_is_gone_to_by_its_number(browser, run):
+    with opened(browser, run[1]) as page:
+        field = page.get_by_label("Go to step")
+        for typed, step in [("640", 640), ("1,000,000", 999)]:
+            field.fill(typed)
+            field.press("Enter")
+            assert step_of(page.inner_text("#readout")) == step
+            assert field.get_attribute("aria-invalid") == "false"
+        assert first_and_last(page)[0] == pytest.approx(949, abs=1)
+        field.fill("the last")
+        field.press("Enter")
+        assert field.get_attribute("aria-invalid") == "true"
+
+
+@pytest.mark.slow
+def test_a_run_that_never_clipped_has_no_plots_of_the_clip(browser, tmp_path):
+    rows = [logs.row(i, 3.2 + 0.7 * (i % 2), 40.0) for i in range(100)]
+    path = report(logs.write(tmp_path / "run.jsonl", rows))
+    with opened(browser, path) as page:
+        assert plots(page).count() == 1
+        assert "No step was clipped or skipped" in page.inner_text("#notes")
+
+
+@pytest.mark.slow
+def test_a_run_says_where_it_ends(browser, tmp_path):
+    for name, first, steps in [("a", 0, 300), ("b", 100, 100)]:
+        rows = [logs.row(first + i, 2.0 + i % 5, 4.0) for i in range(steps)]
+        logs.write(tmp_path / f"{name}.jsonl", rows)
+    runs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    with opened(browser, report(runs, tmp_path / "page.html")) as page:
+        for share, said in [(0.1, "starts at step 100"), (0.9, "ends at step 199")]:
+            first, second = read_at(page, plots(page).first, share).splitlines()
+            assert first.startswith("a: step ")
+            assert second == f"b: {said}"
+
+
+# What a plot writes beside its axis, and where.
+LABELS = """() => { const seen = []; const fill = CanvasRenderingContext2D.prototype;
+  const before = fill.fillText;
+  fill.fillText = function (text, x, y) { seen.push([text, x]);
+    return before.call(this, text, x, y); };
+  return new Promise((done) => {
+    document.querySelector("[aria-label='Zoom in']").click();
+    setTimeout(() => { fill.fillText = before; done(seen); }, 300); }); }"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("low", "high"), [(3.2, 3.9), (0.00311, 0.00312), (2.0e5, 9.0e8)]
+)
+def test_a_logarithmic_axis_always_has_numbers(low, high, browser, tmp_path):
+    rows = [logs.row(i, (low, high)[i % 2], 1e12) for i in range(100)]
+    with opened(browser, report(logs.write(tmp_path / "run.jsonl", rows))) as page:
+        labels = {text for text, x in page.evaluate(LABELS) if x < 80}
+        numbers = [float(text.replace(",", "")) for text in labels - {"", "step"}]
+        assert len([x for x in numbers if low / 1.2 <= x <= high * 1.2]) >= 2

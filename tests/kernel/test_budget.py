@@ -43,6 +43,7 @@ def cost(name, dtype=jnp.float32):
         "percentile": [optaxclip.clip_by_percentile()],
         "autoclip": [optaxclip.autoclip(10)],
         "zclip": [optaxclip.zclip()],
+        "adagc": [optaxclip.adagc()],
         "normalize": [
             optaxclip.clip_by(optaxclip.global_norm, 1.0, optaxclip.normalize)
         ],
@@ -61,6 +62,7 @@ def cost(name, dtype=jnp.float32):
     "name",
     [
         *("optaxclip", "value", "leaf", "rms", "percentile", "autoclip", "zclip"),
+        pytest.param("adagc", marks=pytest.mark.slow),
         pytest.param("layer", marks=pytest.mark.slow),
         pytest.param("normalize", marks=pytest.mark.slow),
     ],
@@ -70,7 +72,7 @@ def test_a_clip_reads_the_gradients_once_and_copies_nothing(name, monkeypatch):
     if name == "value":  # several devices cost it a copy on CPUs, see `_maximum`
         monkeypatch.setattr(jax, "device_count", lambda: 1)
     moved, temporary, with_rare = cost(name)
-    written = squares(jnp.float32, wide=name in ("leaf", "layer", "rms"))
+    written = squares(jnp.float32, wide=name in ("leaf", "layer", "rms", "adagc"))
     again = squares(jnp.float32, wide=name != "value")  # where sums are off
     assert moved - cost("adamw")[0] <= 1.05 + 2 * written
     assert temporary <= 0.02 + again

@@ -181,6 +181,36 @@ def test_adagc_is_the_papers_recursion(tx):
     assert states["adagc"].clip_count[99] == 0
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_adagc_shares_a_read_and_does_what_two_clips_do(dtype):
+    """Also with NaN, infinity and zeros, in the warm-up and after it."""
+    gradients = [jnp.asarray(tensor, dtype) for tensor in tensors(200)]
+    for start in (20, 150):
+        for i, value in enumerate([np.nan, np.inf, 0.0]):
+            gradients[1] = gradients[1].at[start + 10 * i, 2:].set(value)
+    (ours, states), (theirs, expected) = (
+        scan(tx, gradients) for tx in (optaxclip.adagc(), COMPOSED_ADAGC)
+    )
+    # The first of two clips rounds to the dtype of the gradients.
+    rtol = 8 * float(jnp.finfo(dtype).eps)
+    for update, other in zip(ours, theirs, strict=True):
+        assert update.dtype == dtype
+        np.testing.assert_allclose(
+            np.float32(update), np.float32(other), rtol=rtol, atol=1e-7
+        )
+    for name in ("warmup", "adagc"):
+        for ending in ("step_count", "nonfinite_count"):
+            np.testing.assert_array_equal(
+                getattr(states[name], ending), getattr(expected[name], ending)
+            )
+        assert states[name].nonfinite_count[-1] == 4
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=rtol),
+            states[name].clip_metrics,
+            expected[name].clip_metrics,
+        )
+
+
 def skips(norms, capped=True, z=6.0, window=128, min_count=64):
     """Mean and deviation of the last norms; OLMo: NaN and spikes recorded raw."""
     recorded, thresholds = [], []

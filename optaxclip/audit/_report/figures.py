@@ -22,6 +22,7 @@ DASHES = ("-", "--", ":", "-.")
 GROUPS = 150  # of steps; of each some rows are drawn
 LIMIT = 1e100  # drawn at most, its inverse at least: an axis cannot span all of float64
 PARAMETERS = "norm by parameter"
+ACTIONS = ("scale", "share of steps", "share clipped")
 HEIGHTS = {  # of the panels, by what stands beside their axes
     **{"gradient norm": 2.4, "threshold": 1.0, "scale": 1.0, "share of steps": 1.0},
     **{"share clipped": 1.0, "loss": 1.3, PARAMETERS: 2.0},
@@ -52,7 +53,9 @@ def plot(runs: Mapping[str, LogData]) -> Figure:
     alone = len(runs) == 1
     drawn = {name: _panels(data, alone) for name, data in runs.items()}
     names = [name for name in HEIGHTS if any(map(_holding(name), drawn.values()))]
-    # The share of clipped steps is always known, so there is a panel.
+    if not any(map(stats.acted, runs.values())):
+        # Straight lines, drawn only if there is nothing else.
+        names = [name for name in names if name not in ACTIONS] or names
     heights = [HEIGHTS[name] for name in names]
     figure = Figure((9.2, 1.3 * sum(heights)), layout="constrained")
     axes_of_panels = figure.subplots(

@@ -118,6 +118,9 @@
     return points;
   }
 
+  // Without a clipped or skipped step, scale and shares are straight lines.
+  const acted = (runs) => runs.some((run) => run.acted);
+
   // A panel has lines; a line has its own x, and uPlot.join brings them together.
   function panels() {
     const lines = (quantity, log, own = {}) => runs.flatMap((run, r) => {
@@ -148,14 +151,14 @@
     }
     add("gradient norm", norm, { log: set.logNorm, height: 240, bands: true });
     if (!alone) add("threshold", lines("threshold", set.logNorm), { log: set.logNorm });
-    add("scale (what the clip multiplied the norm by)",
+    if (acted(runs)) add("scale (what the clip multiplied the norm by)",
       lines("scale", false, { label: "scale", hue: 0, rough: true }), { most: 1 });
     const skips = runs[0].bands.skipped.length && alone;
     const again = () => [
       ...share("clippedBefore", "clipped", { hue: 4 }),
       ...(skips ? share("skippedBefore", "skipped", { hue: 1, dash: 2 }) : []),
     ];
-    add(alone ? "share of steps" : "share of clipped steps", again(),
+    if (acted(runs)) add(alone ? "share of steps" : "share of clipped steps", again(),
       { percent: true, again });
     if (runs.some((run) => run.loss.some(Number.isFinite)))
       add("loss", lines("loss", set.logLoss, { label: "loss", hue: 2 }),
@@ -186,13 +189,22 @@
     }));
   }
 
-  // 1, 2 and 5 of each power of ten, or powers alone where there are many.
+  // 1, 2 and 5 of each power of ten, or powers alone where there are many; and round
+  // numbers at equal distances where all of it is within one of these steps.
   function decades(u, axis, low, high) {
     const from = Math.floor(Math.log10(low)), to = Math.ceil(Math.log10(high));
     const by = Math.max(Math.ceil((to - from) / 6), 1), out = [];
     for (let power = from; power <= to; power += by)
       for (const digit of to - from > 2 ? [1] : [1, 2, 5]) out.push(digit * 10 ** power);
-    return out.filter((v) => v >= low && v <= high);
+    const inside = out.filter((v) => v >= low && v <= high);
+    return inside.length > 1 ? inside : evenly(low, high);
+  }
+
+  function evenly(low, high) {
+    const power = 10 ** Math.floor(Math.log10((high - low) / 4));
+    const by = [1, 2, 5, 10].map((d) => d * power).find((d) => (high - low) / d <= 5);
+    const from = Math.ceil(low / by), count = Math.floor(high / by) - from + 1;
+    return Array.from({ length: count }, (_, i) => +((from + i) * by).toPrecision(12));
   }
 
   const joined = (lines) => uPlot.join(lines.map((line) => [line.x, line.values]));
@@ -293,6 +305,9 @@
   function read(x) {
     here = Math.max(0, Math.min(Math.round(x), end));
     const lines = runs.map((run) => {
+      const [start, last] = [run.x[0], run.x[run.rows - 1]];
+      if (here < start) return `${run.name}: starts at step ${stepName(start)}`;
+      if (here > last) return `${run.name}: ends at step ${stepName(last)}`;
       const i = nearest(run, here), action = run.action[i];
       if (alone) here = run.x[i];
       const parts = [["norm", run.norm[i]], ["threshold", run.threshold[i]],
@@ -325,7 +340,8 @@
   }
 
   function goTo(step) {
-    const x = Number(BigInt(step) - first), around = Math.min(50, end / 2 || 1);
+    const x = Math.max(0, Math.min(Number(BigInt(step) - first), end));
+    const around = Math.min(50, end / 2 || 1);
     zoom(x - around, x + around);
     point(x);
   }
@@ -357,6 +373,13 @@
     box.checked = set[key];
     box.addEventListener("change", () => { set[key] = box.checked; build(); });
   }
+  const wanted = make("input", make("label", bar, "Go to step "), "",
+    { type: "text", inputmode: "numeric", size: 8 });
+  wanted.addEventListener("change", () => {
+    const digits = wanted.value.replace(/[\s,]/g, "");
+    wanted.setAttribute("aria-invalid", !/^\d+$/.test(digits));
+    if (/^\d+$/.test(digits)) goTo(digits);
+  });
   const smooth = make("select", make("label", bar, "Smoothing "));
   for (const steps of [0, 10, 30, 100, 300, 1000])
     if (steps < end) make("option", smooth, steps ? `${steps} steps` : "none", { value: steps });
@@ -401,6 +424,8 @@
     "Bars along the top, in the colors of the runs: the step was skipped, or " + why);
   else if (has("skipped")) notes.push("Gray bands: skipped steps.");
   if (alone && has("reached")) notes.push(`Striped bands: ${why}`);
+  if (!acted(runs)) notes.push("No step was clipped or skipped, so the scale is always 1 "
+    + "and has no plot.");
   notes.push("Click a name above a plot to hide or show its line.");
   if (alone && runs[0].moreLeaves) notes.push(
     `The page holds the ${runs[0].leaves.length} parameters with the largest norms; `

@@ -60,6 +60,7 @@ def payload(data: LogData, name: str) -> dict[str, Any]:
             for key, flag in [("skipped", data.skipped), ("reached", reached)]
         },
         "logLoss": stats.spans_decades(data.loss),
+        "acted": stats.acted(data),
     }
 
 

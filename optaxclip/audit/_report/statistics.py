@@ -99,6 +99,11 @@ def clipped(data: LogData) -> np.ndarray:
     return data.clipped & np.isfinite(data.norm)
 
 
+def acted(data: LogData) -> bool:
+    """Whether a step was clipped or skipped; if not, every scale is 1."""
+    return bool((data.clipped | data.skipped | (data.scale < 1)).any())
+
+
 class _Around(NamedTuple):
     usual: np.ndarray
     high: np.ndarray
