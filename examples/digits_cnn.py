@@ -19,9 +19,9 @@ is the result:
 
 clip        validation loss     wrong answers  clipped  skipped  largest norm     after
 none              nan ± nan      97.2% ± 4.9%     0.0%      0.0      4.61e+32  4.61e+32
-global 1      0.044 ± 0.022       1.3% ± 0.6%    19.3%      0.0           239         1
-percentile    0.062 ± 0.028       1.8% ± 0.7%    73.3%      0.0      1.11e+03     0.964
-agc           0.056 ± 0.032       1.3% ± 0.7%    99.6%      0.0           217      1.28
+global 1      0.043 ± 0.019       1.3% ± 0.3%    19.8%      0.0           239         1
+percentile    0.043 ± 0.018       1.5% ± 0.1%    71.6%      0.0      1.08e+03     0.964
+agc           0.045 ± 0.008       1.3% ± 0.1%    98.9%      0.0           217      1.28
 
 The suffix of a name lists the axes of its array: D devices, B batch, N examples, H
 height, W width, C channels, K classes.

@@ -15,8 +15,8 @@ differently:
 
 clip        mean return      of the last tenth   clipped  norm: median  largest
 none          276.4 ± 43.2          335.2 ± 114.7      0.0%         32.25     94.0
-global 0.5    229.0 ± 23.7           265.4 ± 38.1     98.3%         32.71     79.9
-percentile    267.0 ± 28.2           364.4 ± 85.5     71.4%         32.61     81.9
+global 0.5    233.8 ± 28.2           278.8 ± 46.1     98.3%         32.97     79.9
+percentile    264.4 ± 24.9           369.3 ± 92.9     71.1%         32.48     76.6
 
 The suffix of a name lists the axes of its array: T time, E environments, B batch, O
 observation, A actions, U iterations, K epochs, M minibatches, G gradients (all of a

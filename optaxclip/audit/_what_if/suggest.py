@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -127,7 +128,7 @@ def advice(
     fixed = f"clip_by_global_norm({threshold})"
     rules = {fixed: f"constant:{threshold}", ADAPTIVE: ADAPTIVE.removesuffix("()")}
     texts = {**rules, **others}
-    outcomes = compare({name: parse_rule(texts[name]) for name in texts}, series)
+    outcomes = compare({name: _rule(texts[name]) for name in texts}, series)
     of_fixed, of_adaptive, *_ = outcomes
     suggestions = Suggestions(
         Suggestion(fixed, rules[fixed], _fixed(of_fixed, optimizer.lower())),
@@ -135,6 +136,10 @@ def advice(
         tuple(_remarks(known)),
     )
     return suggestions, outcomes
+
+
+# The same object for the same text, so that runs of one length compile it once.
+_rule = functools.lru_cache(parse_rule)
 
 
 def _optimizer_of(data: LogData) -> str:
