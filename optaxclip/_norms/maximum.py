@@ -4,54 +4,73 @@ A maximum of floats over several devices may lose a NaN (XLA for CPU does), so t
 device clips and another does not. XLA for GPU and TPU takes the maximum of the bits: as
 integers, the bits of non-negative floats have the order of the floats, with infinity
 above every number and NaN above infinity. XLA for CPU would write these integers to
-memory. There, several devices look for a NaN by a second reduction.
+memory. There, several devices look for a NaN in a sum, which is a second read.
 
 Neither integers nor `lax.pmax` have a derivative, so it is given here: the mean over
 the places of the maximum.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optaxclip._norms.gradients import accumulator, widen
 from optaxclip._norms.shares import MeshAxes, reduce_max, reduce_sum
 
 ArrayAxes = tuple[int, ...] | None
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def largest(modulus: jax.Array, axis: ArrayAxes, share: MeshAxes) -> jax.Array:
-    """The largest of non-negative numbers, over ``axis`` or all; 0 if there is none."""
+def largest(
+    x: jax.Array, axis: ArrayAxes, share: MeshAxes, dtype: Any = None
+) -> jax.Array:
+    """The largest modulus, over ``axis`` or all, in ``dtype``; 0 if there is none."""
+    return _largest(x, axis, share, dtype or accumulator(x.dtype))
+
+
+def _modulus(x: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.abs(widen(x, dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _largest(x: jax.Array, axis: ArrayAxes, share: MeshAxes, dtype: Any) -> jax.Array:
     of_all = {"axis": axis, "keepdims": axis is not None}
 
-    def of_floats(modulus: jax.Array) -> jax.Array:
-        top = reduce_max(jnp.max(modulus, **of_all, initial=0), share)
+    def of_floats(x: jax.Array) -> jax.Array:
+        top = jnp.max(_modulus(x, dtype), **of_all, initial=0)
+        top = reduce_max(top, share)
         if jax.device_count() == 1:
             return top
-        nan = jnp.any(jnp.isnan(modulus), **of_all).astype(jnp.int32)
-        return jnp.where(reduce_max(nan, share) > 0, jnp.nan, top)
+        # A sum of squares is NaN only where an element is. Its squares are not moduli,
+        # of which XLA would write an array for the two reductions.
+        squares = _modulus(x, dtype) if jnp.iscomplexobj(x) else widen(x, dtype) ** 2
+        total = reduce_sum(jnp.sum(squares, **of_all), share)
+        return jnp.where(jnp.isnan(total), jnp.nan, top)
 
-    def of_bits(modulus: jax.Array) -> jax.Array:
-        integer = jnp.int64 if modulus.dtype == jnp.float64 else jnp.int32
-        bits = lax.bitcast_convert_type(modulus, integer)
+    def of_bits(x: jax.Array) -> jax.Array:
+        integer = jnp.int64 if dtype == jnp.float64 else jnp.int32
+        bits = lax.bitcast_convert_type(_modulus(x, dtype), integer)
         bits &= jnp.iinfo(integer).max  # a NaN may have a sign
         top = jnp.max(bits, **of_all, initial=0)
-        return lax.bitcast_convert_type(reduce_max(top, share), modulus.dtype)
+        return lax.bitcast_convert_type(reduce_max(top, share), dtype)
 
-    return lax.platform_dependent(modulus, cpu=of_floats, default=of_bits)
+    return lax.platform_dependent(x, cpu=of_floats, default=of_bits)
 
 
-@largest.defjvp
+@_largest.defjvp
 def _largest_jvp(
     axis: ArrayAxes,
     share: MeshAxes,
+    dtype: Any,
     primals: tuple[jax.Array],
     tangents: tuple[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    (modulus,), (direction,) = primals, tangents
-    norm = largest(modulus, axis, share)
+    (x,) = primals
+    norm = _largest(x, axis, share, dtype)
+    to_modulus = functools.partial(_modulus, dtype=dtype)
+    modulus, direction = jax.jvp(to_modulus, primals, tangents)
     here = modulus == norm
 
     def total(x: jax.Array) -> jax.Array:
