@@ -235,13 +235,13 @@ def structure(config: Config) -> Any:
 
 
 def new_state_of(config: Config, tx: Any) -> Callable[..., Any]:
-    """From the seed, once for each device, to parameters and optimizer state."""
+    """Makes parameters and optimizer state on every device, from a seed for each."""
 
     def new_state(seed: jax.Array) -> Any:
         _, params = new_model(config, seed)
         return params, tx.init(params)
 
-    # The axis by its name in the step: with another sharding, the step compiles twice.
+    # With another name than in the step, the sharding differs: it would compile twice.
     return jax.pmap(new_state, axis_name="devices")
 
 

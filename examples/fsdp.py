@@ -10,7 +10,8 @@ Fully sharded data parallelism (FSDP) takes three things here, each in one place
 metadata of a parameter says along which axis it is split, `gathered` collects a layer
 while it is in use, and the batch is split by sequences. On a mesh with Explicit axes,
 Adam's moments and the gradients are then sharded like their parameters, and a clip
-needs no argument to measure all of them: the norm is the same as on one device.
+needs no argument to measure all of them: the norm is the same as on one device, up to
+rounding.
 
 One batch in the run has a sequence with a weight of 1,000, and another one has a
 sequence with a weight of NaN. Both sequences are on the last device only, but all
@@ -576,7 +577,7 @@ def main() -> None:
     if unknown := set(config.clip.split(",")) - set(CLIPS):
         raise SystemExit(f"--clip: {sorted(unknown)} are not among {list(CLIPS)}")
     if not 0 <= config.spike < config.steps:
-        raise SystemExit(f"--spike must be a step below --steps, {config.steps}")
+        raise SystemExit(f"--spike must be between 0 and {config.steps - 1}")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", config.cpu_devices // config.processes)
     if config.coordinator:

@@ -8,11 +8,11 @@
 A Transformer learns Python source with `train.py`, in the same folder. Then it is
 frozen, and adapters on its linear layers learn the Python language reference, in
 capital letters. The optimizer gets only the adapters (`wrt=nnx.LoRAParam`): the clip
-measures nothing else, the log has one norm for each factor of an adapter, and Adam has
-no other moments.
+measures nothing else, the log has one norm for each factor of an adapter, and Adam
+keeps moments only for the adapters.
 
-In a few batches one sequence counts a thousand times, as if a file of examples had
-counts where weights should be. Every clip gets the same base, batches and outliers.
+In a few batches one sequence counts a thousand times, as if someone had stored counts
+where sample weights belong. Every clip gets the same base, batches and outliers.
 
 With `--seeds 3`, the output ends like this:
 

@@ -9,9 +9,9 @@ The environment (Gymnasium's functional CartPole), the actor-critic (Flax NNX) a
 are pure functions under `scan`; `vmap` runs the seeds. The script compares three runs:
 with `clip_by_global_norm(0.5)`, which implementations of PPO customarily use, with
 `clip_by_percentile()`, which chooses its own threshold, and without a clip. Every clip
-gets the same seeds. On this easy task, 0.5 is below nearly every norm, and that run is
-the worst. The spreads of the other two overlap, and another machine may order them
-differently:
+gets the same seeds. On this easy task almost every norm exceeds 0.5, and the run with
+that threshold has the lowest return. All three spreads overlap, so another machine may
+rank the runs differently:
 
 clip        mean return      of the last tenth   clipped  norm: median  largest
 none          276.4 ± 43.2          335.2 ± 114.7      0.0%         32.25     94.0

@@ -1,12 +1,13 @@
 """The max-norm: NaN where there is one, on every device, and differentiable.
 
 A maximum of floats over several devices may lose a NaN (XLA for CPU does), so that one
-device clips and another does not. XLA for GPU and TPU takes the maximum of the bits: as
-integers, the bits of non-negative floats have the order of the floats, with infinity
-above every number and NaN above infinity. XLA for CPU would write these integers to
-memory. There, several devices look for a NaN in a sum, which is a second read.
+device clips and another does not. On a GPU or a TPU, the maximum is therefore taken of
+the bits: as integers, the bits of non-negative floats have the order of the floats,
+with infinity above every number and NaN above infinity. XLA for CPU would write these
+integers to memory. There, the maximum is taken of floats, and with several devices a
+sum, which costs a second read, tells whether there was a NaN.
 
-Neither integers nor `lax.pmax` have a derivative, so it is given here: the mean over
+Neither integers nor `lax.pmax` has a derivative, so it is given here: the mean over
 the places of the maximum.
 """
 
@@ -43,8 +44,8 @@ def _largest(x: jax.Array, axis: ArrayAxes, share: MeshAxes, dtype: Any) -> jax.
         top = reduce_max(top, share)
         if jax.device_count() == 1:
             return top
-        # A sum of squares is NaN only where an element is. Its squares are not moduli,
-        # of which XLA would write an array for the two reductions.
+        # A sum of squares is NaN only if an element is. Not one of moduli: if both
+        # reductions used those, XLA would write them to memory.
         squares = _modulus(x, dtype) if jnp.iscomplexobj(x) else widen(x, dtype) ** 2
         total = reduce_sum(jnp.sum(squares, **of_all), share)
         return jnp.where(jnp.isnan(total), jnp.nan, top)

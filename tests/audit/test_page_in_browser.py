@@ -335,15 +335,17 @@ def test_poor_logs_are_drawn_without_an_error(norm, browser, tmp_path):
 def test_a_step_is_gone_to_by_its_number(browser, run):
     with opened(browser, run[1]) as page:
         field = page.get_by_label("Go to step")
-        for typed, step in [("640", 640), ("1,000,000", 999)]:
+        for typed, step in [("640", 640), ("640", 640), ("1,000,000", 999)]:
+            page.get_by_label("Show all steps").click()
             field.fill(typed)
             field.press("Enter")
             assert step_of(page.inner_text("#readout")) == step
             assert field.get_attribute("aria-invalid") == "false"
         assert first_and_last(page)[0] == pytest.approx(949, abs=1)
-        field.fill("the last")
-        field.press("Enter")
-        assert field.get_attribute("aria-invalid") == "true"
+        for typed, invalid in [("the last", "true"), ("", "false")]:
+            field.fill(typed)
+            field.press("Enter")
+            assert field.get_attribute("aria-invalid") == invalid
 
 
 @pytest.mark.slow
@@ -352,7 +354,7 @@ def test_a_run_that_never_clipped_has_no_plots_of_the_clip(browser, tmp_path):
     path = report(logs.write(tmp_path / "run.jsonl", rows))
     with opened(browser, path) as page:
         assert plots(page).count() == 1
-        assert "No step was clipped or skipped" in page.inner_text("#notes")
+        assert "No step was clipped, rescaled or skipped" in page.inner_text("#notes")
 
 
 @pytest.mark.slow
@@ -366,6 +368,10 @@ def test_a_run_says_where_it_ends(browser, tmp_path):
             first, second = read_at(page, plots(page).first, share).splitlines()
             assert first.startswith("a: step ")
             assert second == f"b: {said}"
+        page.locator("#panels").focus()
+        page.keyboard.press("End")
+        page.keyboard.press("ArrowLeft")
+        assert page.inner_text("#readout").startswith("a: step 298:")
 
 
 # What a plot writes beside its axis, and where.

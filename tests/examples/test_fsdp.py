@@ -100,7 +100,7 @@ def test_two_processes_go_on_after_one_is_killed(tmp_path):
     [
         ("--clip glob", "['glob'] are not among ['percentile',"),
         ("--batch 6", "--batch and --width must be multiples of 4 (devices)"),
-        ("--spike 12", "--spike must be a step below --steps, 12"),
+        ("--spike 12", "--spike must be between 0 and 11"),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(tmp_path, arguments, message):

@@ -118,7 +118,7 @@
     return points;
   }
 
-  // Without a clipped or skipped step, scale and shares are straight lines.
+  // If no step was changed, scale and shares are straight lines.
   const acted = (runs) => runs.some((run) => run.acted);
 
   // A panel has lines; a line has its own x, and uPlot.join brings them together.
@@ -375,10 +375,10 @@
   }
   const wanted = make("input", make("label", bar, "Go to step "), "",
     { type: "text", inputmode: "numeric", size: 8 });
-  wanted.addEventListener("change", () => {
-    const digits = wanted.value.replace(/[\s,]/g, "");
-    wanted.setAttribute("aria-invalid", !/^\d+$/.test(digits));
-    if (/^\d+$/.test(digits)) goTo(digits);
+  wanted.addEventListener("keydown", (event) => {
+    const digits = wanted.value.replace(/[\s,]/g, ""), good = /^\d+$/.test(digits);
+    wanted.setAttribute("aria-invalid", event.key === "Enter" && digits !== "" && !good);
+    if (event.key === "Enter" && good) goTo(digits);
   });
   const smooth = make("select", make("label", bar, "Smoothing "));
   for (const steps of [0, 10, 30, 100, 300, 1000])
@@ -398,7 +398,9 @@
     }
   });
   function step(by) {
-    const [run] = runs, i = here === null ? 0 : nearest(run, here) + by;
+    // Along the run that goes on the longest.
+    const run = runs.reduce((a, b) => (b.x[b.rows - 1] > a.x[a.rows - 1] ? b : a));
+    const i = here === null ? 0 : nearest(run, here) + by;
     point(run.x[Math.max(0, Math.min(i, run.rows - 1))]);
     const span = view[1] - view[0];
     if (here < view[0] || here > view[1]) zoom(here - span / 2, here + span / 2);
@@ -424,8 +426,8 @@
     "Bars along the top, in the colors of the runs: the step was skipped, or " + why);
   else if (has("skipped")) notes.push("Gray bands: skipped steps.");
   if (alone && has("reached")) notes.push(`Striped bands: ${why}`);
-  if (!acted(runs)) notes.push("No step was clipped or skipped, so the scale is always 1 "
-    + "and has no plot.");
+  if (!acted(runs)) notes.push("No step was clipped, rescaled or skipped, so the plots of "
+    + "the scale and of the shares are left out.");
   notes.push("Click a name above a plot to hide or show its line.");
   if (alone && runs[0].moreLeaves) notes.push(
     `The page holds the ${runs[0].leaves.length} parameters with the largest norms; `

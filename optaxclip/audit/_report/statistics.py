@@ -100,8 +100,9 @@ def clipped(data: LogData) -> np.ndarray:
 
 
 def acted(data: LogData) -> bool:
-    """Whether a step was clipped or skipped; if not, every scale is 1."""
-    return bool((data.clipped | data.skipped | (data.scale < 1)).any())
+    """Whether the clip or a skip changed any step."""
+    rescaled = np.isfinite(data.scale) & (data.scale != 1)
+    return bool((data.clipped | data.skipped | rescaled).any())
 
 
 class _Around(NamedTuple):
