@@ -6,7 +6,7 @@
     python digits_cnn.py --rate 0.5 --clipping 0.01 --width 64  # on an accelerator
 
 Four convolutions (Flax NNX) and no normalization learn scikit-learn's handwritten
-digits with SGD and momentum. Only the clip keeps the layers stable. Adaptive gradient
+digits with SGD and momentum. Without a clip, this is unstable. Adaptive gradient
 clipping (`agc`) was made for such networks (Brock et al., "High-Performance Large-Scale
 Image Recognition Without Normalization", 2021): it limits the gradient of each unit to
 a fraction of the unit's weights. All devices share a batch under `pmap`; the gradients
@@ -15,13 +15,16 @@ are averaged before the clip sees them.
 Now and then a batch is broken: its pixels were not scaled to [0, 1]. The authors of
 adaptive clipping leave the last layer unclipped, and a broken batch would pass through
 it. So `agc` clips the gradient of that layer to a fixed norm. With the defaults, this
-is the result:
+is the result (`after` is the largest norm after clipping):
 
 clip        validation loss     wrong answers  clipped  skipped  largest norm     after
 none              nan ± nan      97.2% ± 4.9%     0.0%      0.0      4.61e+32  4.61e+32
 global 1      0.043 ± 0.019       1.3% ± 0.3%    19.8%      0.0           239         1
 percentile    0.043 ± 0.018       1.5% ± 0.1%    71.6%      0.0      1.08e+03     0.964
 agc           0.045 ± 0.008       1.3% ± 0.1%    98.9%      0.0           217      1.28
+
+Without broken batches (`--broken-every 0`), 6.6% ± 8.0% of the answers are wrong if
+nothing is clipped, and 1.2% ± 0.3% with `global 1`.
 
 The suffix of a name lists the axes of its array: D devices, B batch, N examples, H
 height, W width, C channels, K classes.

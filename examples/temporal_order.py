@@ -34,9 +34,9 @@ length  clip         solved   95% interval  updates  clipped  largest norm
 `step` clips what flows back through each time step, inside the network, by
 `clip_cotangent`. Gradients no longer explode, but at 30 symbols no seed solves the task
 within 2,500 updates. Some do if the whole gradient is clipped: 6 of 8 with `global`,
-and 4 of 8 with `percentile`, whose interval overlaps. (`clipped` counts only clips of the
-whole gradient.) The norm of the gradient that flows back through time, for the network
-and the batch with the largest gradient of any run:
+and 4 of 8 with `percentile`, whose interval overlaps. (`clipped` counts only clips of
+the whole gradient.) The norm of the gradient that flows back through time, for the
+network and the batch with the largest gradient of any run:
 
 back in time    after the last step  after the first
 no clip                      0.1121         423.7861
