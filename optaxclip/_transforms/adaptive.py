@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -175,18 +176,20 @@ def _global_then_leaf(
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, dict[str, Any]]:
+        old: Mapping = state if isinstance(state, Mapping) else {}
         gradients = split(updates).gradients
         norms = measure(norm, gradients)
+        first: Any
         with handing_over(norm, gradients, norms):
-            updates, warmup_state = warmup.update(
-                updates, state["warmup"], params, **extra_args
+            updates, first = warmup.update(
+                updates, old.get("warmup", state), params, **extra_args
             )
-        scale = warmup_state.clip_metrics.clip_scale
-        norms = jax.tree.map(lambda n: (n * scale).astype(n.dtype), norms)
+        scale = first.clip_metrics.clip_scale
+        norms = jax.tree.map(lambda n: n * scale.astype(n.dtype), norms)
         with handing_over(norm, split(updates).gradients, norms):
-            updates, adagc_state = adagc.update(
-                updates, state["adagc"], params, **extra_args
+            updates, second = adagc.update(
+                updates, old.get("adagc", state), params, **extra_args
             )
-        return updates, {"warmup": warmup_state, "adagc": adagc_state}
+        return updates, {"warmup": first, "adagc": second}
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 from cases import GUARD
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from streams import infinite
 
 import optaxclip
@@ -209,6 +211,29 @@ def test_adagc_shares_a_read_and_does_what_two_clips_do(dtype):
             states[name].clip_metrics,
             expected[name].clip_metrics,
         )
+
+
+def test_adagc_on_a_mesh_is_as_on_one_device():
+    """Also where one leaf is float64 and another one float32."""
+    with jax.enable_x64(True):
+        mesh = Mesh(np.array(jax.devices()[:4]), "x")
+        gradients = {
+            "a": np.random.default_rng(0).standard_normal((6, 8, 3)),
+            "b": np.random.default_rng(1).standard_normal((6, 5)).astype("f"),
+        }
+        tx = optaxclip.adagc(warmup=3)
+        expected, _ = scan(tx, gradients)
+        specs = {"a": P(None, "x"), "b": P()}
+        sharded = jax.shard_map(
+            functools.partial(scan, tx),
+            mesh=mesh,
+            in_specs=(specs,),
+            out_specs=(specs, P()),
+        )
+        updates, _ = jax.jit(sharded)(gradients)
+        for name, update in updates.items():
+            assert update.dtype == gradients[name].dtype
+            np.testing.assert_allclose(update, expected[name], rtol=1e-6)
 
 
 def skips(norms, capped=True, z=6.0, window=128, min_count=64):
