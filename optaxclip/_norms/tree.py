@@ -195,13 +195,14 @@ def joint(
         return euclidean.group_norms(leaves, groups, shares)
     members = euclidean.Groups(groups).members
     dtypes = [accumulator(*group) for group in members([x.dtype for x in leaves])]
-    rows = [(x, dtypes[of]) for x, of in zip(leaves, groups, strict=True)]
-    if ord == 1:
-        sums = [jnp.sum(jnp.abs(widen(x, dtype))) for x, dtype in rows]
-        return reduce_totals(members(sums), members(shares), _sequential_sum)
-    tops = [
-        largest(x, None, on, dtype) for (x, dtype), on in zip(rows, shares, strict=True)
+    moduli = [
+        jnp.abs(widen(x, dtypes[group]))
+        for x, group in zip(leaves, groups, strict=True)
     ]
+    if ord == 1:
+        sums = [jnp.sum(x) for x in moduli]
+        return reduce_totals(members(sums), members(shares), _sequential_sum)
+    tops = [largest(x, None, on) for x, on in zip(moduli, shares, strict=True)]
     return [functools.reduce(jnp.maximum, group) for group in members(tops)]
 
 
@@ -238,8 +239,8 @@ def _norm(
     leaf: jax.Array, axis: tuple[int, ...] | None, share: MeshAxes, ord: Ord
 ) -> jax.Array:
     """The 1- or max-norm of a leaf over ``axis``, or over all of it."""
-    if ord == math.inf:
-        return largest(leaf, axis, share)
     modulus = jnp.abs(widen(leaf, accumulator(leaf.dtype)))
+    if ord == math.inf:
+        return largest(modulus, axis, share)
     total = jnp.sum(modulus, axis=axis, keepdims=axis is not None)
     return reduce_sum(total, share)
