@@ -17,8 +17,8 @@ batch. With `--seeds 3`, this is the result:
 
 clip       loss before bad     just after          final  clipped  skipped  largest norm
 none         0.237 ± 0.002  0.313 ± 0.009  0.211 ± 0.001     0.0%      0.0         491.7
-global 1     0.236 ± 0.001  0.230 ± 0.001  0.203 ± 0.001     0.4%      0.0         492.8
-percentile   0.231 ± 0.001  0.226 ± 0.001  0.204 ± 0.001     4.6%      0.0         518.3
+global 1     0.236 ± 0.001  0.231 ± 0.001  0.203 ± 0.001     0.4%      0.0         492.9
+percentile   0.231 ± 0.001  0.226 ± 0.001  0.204 ± 0.001     4.7%      0.0         517.7
 
 The suffix of a name lists the axes of its array: B batch, N images, P pixels, D width,
 F waves, S seeds, V validations.
