@@ -149,7 +149,7 @@ def temporal_order(
     symbols that mean nothing stand everywhere else: AA, AB, BA and BB are the classes.
     """
     tenth = length // 10
-    # One draw for everything: the program compiles in half the time.
+    # One draw for everything: a draw each would take longer to compile.
     chance_BX = jax.random.uniform(key, (batch, 4 + length))
     marks_B2 = (2 * chance_BX[:, :2]).astype(int)
     places_B2 = (tenth * chance_BX[:, 2:4]).astype(int)

@@ -12,6 +12,7 @@ import pytest
 import optaxclip
 from optaxclip.audit import compare, outcome_table, parse_rule, replay, suggest
 from optaxclip.audit._what_if.compare import longest_streak, outcome
+from optaxclip.audit._what_if.replay import _scan
 from optaxclip.audit._what_if.suggest import confidence
 
 
@@ -399,6 +400,14 @@ def test_advice_for_the_optimizer_of_the_log(optimizer, adam, sgd):
     reason = suggest(lognormal(2000), optimizer).fixed.reason
     assert ("such as Adam" in reason) == adam
     assert ("With SGD" in reason) == sgd
+
+
+def test_advice_on_runs_of_one_length_compiles_the_adaptive_rule_once():
+    programs = []
+    for size in (1, 2):
+        suggest(size * lognormal(237))
+        programs.append(_scan._cache_size())
+    assert programs[1] - programs[0] == 1  # of the other constant
 
 
 def test_the_suggested_texts_are_rules_and_settings():

@@ -457,6 +457,31 @@ def test_a_long_log_keeps_its_extremes_and_its_shares():
     assert len(run["bytes"]) < 1_000_000
 
 
+ACTED = ["gradient norm", "scale", "share of steps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "panels"),
+    [
+        ({}, ["gradient norm"]),
+        ({"norm": np.nan, "scale": np.nan}, ["gradient norm"]),
+        ({"scale": 0.5, "clipped": True}, ACTED),
+        ({"scale": 0.0, "skipped": True}, ACTED),
+        ({"scale": 2.0}, ACTED),  # by `normalize`
+    ],
+)
+def test_scale_and_shares_are_drawn_if_a_step_was_changed(changes, panels):
+    ones, flags = np.ones(30), np.zeros(30, bool)
+    loss = np.full(30, np.nan)
+    data = LogData({}, np.arange(30), ones, 4 * ones, ones, loss, flags, flags)
+    for name, value in changes.items():
+        column = getattr(data, name).copy()
+        column[7] = value
+        data = dataclasses.replace(data, **{name: column})
+    assert [axes.get_ylabel() for axes in data.plot().axes] == panels
+    assert payload(data, "")["acted"] == (panels == ACTED)
+
+
 @pytest.mark.parametrize(
     ("flags", "most", "expected"),
     [

@@ -62,7 +62,6 @@ def cost(name, dtype=jnp.float32):
     "name",
     [
         *("optaxclip", "value", "leaf", "rms", "percentile", "autoclip", "zclip"),
-        pytest.param("adagc", marks=pytest.mark.slow),
         pytest.param("layer", marks=pytest.mark.slow),
         pytest.param("normalize", marks=pytest.mark.slow),
     ],
@@ -71,6 +70,14 @@ def cost(name, dtype=jnp.float32):
 def test_a_clip_reads_the_gradients_once_and_copies_nothing(name, monkeypatch):
     if name == "value":  # several devices cost it a copy on CPUs, see `_maximum`
         monkeypatch.setattr(jax, "device_count", lambda: 1)
+    check_that_it_reads_once(name)
+
+
+def test_the_two_clips_of_adagc_read_the_gradients_once():
+    check_that_it_reads_once("adagc")
+
+
+def check_that_it_reads_once(name):
     moved, temporary, with_rare = cost(name)
     written = squares(jnp.float32, wide=name in ("leaf", "layer", "rms", "adagc"))
     again = squares(jnp.float32, wide=name != "value")  # where sums are off

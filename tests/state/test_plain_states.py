@@ -358,6 +358,7 @@ def test_tree_map_params_takes_no_norm_threshold_or_scale_for_a_parameter(make):
     ("kind", "make"),
     [
         ("ClipState", lambda: optaxclip.clip_by_global_norm(1.0)),
+        ("ClipState", optaxclip.adagc),
         ("SkipState", lambda: optaxclip.skip_nonfinite(optax.sgd(1.0))),
         ("HistoryState", lambda: optaxclip.record_history(optaxclip.zclip(), 3)),
         ("LossScaleState", lambda: optaxclip.dynamic_loss_scale(optax.sgd(1.0))),

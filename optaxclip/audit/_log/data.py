@@ -26,7 +26,7 @@ class LogData:
     step: np.ndarray  # int64, counted from 0
     norm: np.ndarray  # float64, before clipping; NaN or infinite on a bad step
     threshold: np.ndarray  # float64, infinite where nothing bounds
-    scale: np.ndarray  # float64, what the step was multiplied by; `normalize`: > 1, too
+    scale: np.ndarray  # float64, the factor of the step; above 1 only by `normalize`
     loss: np.ndarray  # float64
     clipped: np.ndarray  # bool
     skipped: np.ndarray  # bool

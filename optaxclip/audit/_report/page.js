@@ -41,6 +41,8 @@
     run.x = Float64Array.from(run.at, (x) => x + run.shift);
   }
   const alone = runs.length === 1;
+  // If no step was changed, scale and shares are straight lines.
+  const acted = runs.some((run) => run.acted);
   const end = Math.max(...runs.map((run) => run.x[run.rows - 1]));
   const whole = [0, Math.max(end, 1)];
   const LEAVES = "norm by parameter";
@@ -118,9 +120,6 @@
     return points;
   }
 
-  // If no step was changed, scale and shares are straight lines.
-  const acted = (runs) => runs.some((run) => run.acted);
-
   // A panel has lines; a line has its own x, and uPlot.join brings them together.
   function panels() {
     const lines = (quantity, log, own = {}) => runs.flatMap((run, r) => {
@@ -151,14 +150,14 @@
     }
     add("gradient norm", norm, { log: set.logNorm, height: 240, bands: true });
     if (!alone) add("threshold", lines("threshold", set.logNorm), { log: set.logNorm });
-    if (acted(runs)) add("scale (what the clip multiplied the norm by)",
+    if (acted) add("scale (what the clip multiplied the norm by)",
       lines("scale", false, { label: "scale", hue: 0, rough: true }), { most: 1 });
     const skips = runs[0].bands.skipped.length && alone;
     const again = () => [
       ...share("clippedBefore", "clipped", { hue: 4 }),
       ...(skips ? share("skippedBefore", "skipped", { hue: 1, dash: 2 }) : []),
     ];
-    if (acted(runs)) add(alone ? "share of steps" : "share of clipped steps", again(),
+    if (acted) add(alone ? "share of steps" : "share of clipped steps", again(),
       { percent: true, again });
     if (runs.some((run) => run.loss.some(Number.isFinite)))
       add("loss", lines("loss", set.logLoss, { label: "loss", hue: 2 }),
@@ -426,7 +425,7 @@
     "Bars along the top, in the colors of the runs: the step was skipped, or " + why);
   else if (has("skipped")) notes.push("Gray bands: skipped steps.");
   if (alone && has("reached")) notes.push(`Striped bands: ${why}`);
-  if (!acted(runs)) notes.push("No step was clipped, rescaled or skipped, so the plots of "
+  if (!acted) notes.push("No step was clipped, rescaled or skipped, so the plots of "
     + "the scale and of the shares are left out.");
   notes.push("Click a name above a plot to hide or show its line.");
   if (alone && runs[0].moreLeaves) notes.push(
