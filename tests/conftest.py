@@ -16,9 +16,25 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import atexit
+import gc
 import importlib
 import itertools
+import shutil
+import tempfile
 from pathlib import Path
+
+# Workers share what they compile, as do programs that tests start: every second small
+# program is one that another worker needs, too. Set the first of these to a directory
+# of your own to keep it for the next run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="optaxclip-tests")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Tracing makes many objects and little garbage, of which most collections find none.
+gc.set_threshold(50_000, 20, 100)
 
 import hypothesis
 import jax
