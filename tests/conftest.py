@@ -24,17 +24,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Workers share what they compile, as do programs that tests start: every second small
-# program is one that another worker needs, too. Set the first of these to a directory
-# of your own to keep it for the next run.
+# Workers share what they compile, as do programs that tests start: two in five programs
+# are needed again. Set the first of these to a directory of your own, and the next run
+# starts with what this one compiled.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="optaxclip-tests")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
-# Tracing makes many objects and little garbage, of which most collections find none.
-gc.set_threshold(50_000, 20, 100)
 
 import hypothesis
 import jax
@@ -44,6 +41,9 @@ from jax._src import compiler
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes many objects and little garbage, of which most collections find none.
+gc.set_threshold(50_000, 20, 100)
 
 # Compiling takes as long as it takes, and a failure must repeat on every machine.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)

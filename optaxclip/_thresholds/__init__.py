@@ -25,6 +25,8 @@ from optaxclip._thresholds.constant import constant as constant
 from optaxclip._thresholds.ema import average as average
 from optaxclip._thresholds.ema import ema as ema
 from optaxclip._thresholds.ema import smallest as smallest
+from optaxclip._thresholds.known import KnownRule as KnownRule
+from optaxclip._thresholds.known import known as known
 from optaxclip._thresholds.lowest import lowest as lowest
 from optaxclip._thresholds.quantile import quantile as quantile
 from optaxclip._thresholds.relative import relative as relative

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip._thresholds.known import known
+
 PyTree = Any
 Number = jax.typing.ArrayLike
 Outlying = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -114,7 +116,7 @@ def per_norm(
         new = gather(treedef, [new for _, new in results])
         return _parted_like(updates, thresholds), new
 
-    return optax.GradientTransformation(init, update)
+    return known(optax.GradientTransformation(init, update))
 
 
 def elementwise(function: Callable[[jax.Array], jax.Array], values: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ import optax
 from optaxclip import _checks
 from optaxclip._show import shown
 from optaxclip._thresholds.constant import Rule, Threshold, as_rule
+from optaxclip._thresholds.known import known
 
 PyTree = Any
 
@@ -95,7 +96,8 @@ def rule_by_name(
             )
         return result, ByNameState(states, other_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    rule = optax.GradientTransformationExtraArgs(init, update)
+    return known(rule, rest, *rules.values())
 
 
 def _parted(

@@ -11,10 +11,11 @@ import optax
 
 from optaxclip import _checks
 from optaxclip._show import shown
+from optaxclip._thresholds.known import Rule as Rule
+from optaxclip._thresholds.known import known
 
 PyTree = Any
 Threshold = jax.typing.ArrayLike | optax.Schedule
-Rule = optax.GradientTransformation | optax.GradientTransformationExtraArgs
 
 
 class ScheduleState(NamedTuple):
@@ -60,7 +61,7 @@ def constant(value: Threshold) -> optax.GradientTransformation:
         del params
         return _filled_like(updates, value), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return known(optax.GradientTransformation(optax.init_empty_state, update))
 
 
 def as_rule(
@@ -84,7 +85,7 @@ def _scheduled(schedule: Callable) -> optax.GradientTransformation:
         step = jnp.asarray(optax.safe_increment(state.schedule_step))
         return thresholds, ScheduleState(step)
 
-    return optax.GradientTransformation(init, update)
+    return known(optax.GradientTransformation(init, update))
 
 
 def _filled_like(norms: PyTree, value: jax.typing.ArrayLike) -> PyTree:

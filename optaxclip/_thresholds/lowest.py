@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._thresholds.constant import Rule, Threshold, as_rule
+from optaxclip._thresholds.known import known
 
 PyTree = Any
 
@@ -60,4 +61,4 @@ def lowest(*rules: Threshold | Rule) -> optax.GradientTransformationExtraArgs:
         smallest = functools.partial(functools.reduce, jnp.minimum)
         return jax.tree.map(lambda *ts: smallest(ts), *thresholds), states
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return known(optax.GradientTransformationExtraArgs(init, update), *parts)

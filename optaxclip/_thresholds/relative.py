@@ -10,6 +10,7 @@ import optax
 
 from optaxclip import _checks
 from optaxclip._thresholds.constant import Threshold, as_rule
+from optaxclip._thresholds.known import known
 
 PyTree = Any
 
@@ -67,4 +68,4 @@ def relative(
 
         return jax.tree.map(threshold, ratio_of, params), state
 
-    return optax.GradientTransformationExtraArgs(ratios.init, update)
+    return known(optax.GradientTransformationExtraArgs(ratios.init, update))

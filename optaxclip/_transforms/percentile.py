@@ -19,6 +19,7 @@ from optaxclip._thresholds import (
     Rule,
     Threshold,
     elementwise,
+    known,
     lowest,
     quantile,
 )
@@ -233,7 +234,7 @@ def _multiplied(rule: Rule, factor: Number) -> Rule:
         thresholds, state = rule.update(updates, state, params)
         return elementwise(times, thresholds), state
 
-    return optax.GradientTransformation(rule.init, update)
+    return known(optax.GradientTransformation(rule.init, update), rule)
 
 
 def capped(rule: Rule, max_norm: Threshold | None) -> Rule:

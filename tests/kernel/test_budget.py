@@ -159,6 +159,33 @@ def test_many_leaves_are_few_arrays_of_a_state(make, arrays):
     assert len(jax.tree.leaves(state)) == arrays
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        # Windows that no other test has, whose programs it has not compiled yet.
+        lambda: optaxclip.clip_by_percentile(window=997),
+        lambda: optaxclip.clip_by(
+            optaxclip.global_norm,
+            optax.chain(optaxclip.quantile(0.5, 991), optax.scale(2.0)),
+        ),
+    ],
+    ids=["a rule of the package", "a rule to be tried out"],
+)
+def test_init_compiles_few_programs(make):
+    """Whoever calls it without `jit` waits for each of them."""
+    compiled = []
+
+    def listen(event, duration, **about):
+        compiled.extend([event] * event.endswith("backend_compile_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        make().init({"w": jnp.ones((3, 2)), "b": jnp.ones(2)})
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert 0 < len(compiled) <= 12
+
+
 def test_a_clip_makes_no_callback_no_sort_and_no_loop():
     """XLA for GPU leaves loops out of CUDA graphs, and the host waits for them."""
     text = compiled_step(

@@ -412,7 +412,7 @@ def test_derivatives_through_a_clip_of_shares(norm, ord):
     program = jax.shard_map(
         of_shares, mesh=on, in_specs=(TWO_AXES, TWO_AXES), out_specs=TWO_AXES
     )
-    expected = jax.grad(whole)(params)
+    expected = jax.jit(jax.grad(whole))(params)
     actual = jax.jit(program)(params, weights)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)

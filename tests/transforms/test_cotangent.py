@@ -17,7 +17,7 @@ def pulled(cotangent, max_norm=None, **kwargs):
     """What a cotangent is after the clip."""
     zeros = jax.tree.map(jnp.zeros_like, cotangent)
     _, pull = jax.vjp(lambda x: optaxclip.clip_cotangent(x, max_norm, **kwargs), zeros)
-    return pull(cotangent)[0]
+    return jax.jit(pull)(cotangent)[0]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,7 @@ def test_units_of_what_varies_over_devices_may_be_split():
 
 
 def test_the_second_derivative_is_that_of_the_clipped_gradient():
+    @jax.jit
     def gradient(x):
         return jax.grad(lambda x: jnp.sum(optaxclip.clip_cotangent(x, 1.0) ** 3))(x)
 
