@@ -24,11 +24,13 @@ SCRIPTS = {
     "contrib_bytes": ([], ["name", "bytes", "temp", "state"]),
     "scaling": (["--ways", "jit"], ["devices", "way", "name", "collectives", "temp"]),
     "tpu_compile": ([], ["name", "moved", "temp", "fusions", "all_reduces"]),
+    "tpu_schedule": ([], ["name", "moved", "beyond", "temp"]),
     "gpu_compile": ([], ["name", "moved", "temp", "fusions", "graphs", "waits"]),
     "examples_compile": ([], ["name", "state", "moved", "temp", "others"]),
 }
 COMPILERS = {
     "tpu_compile": ["libtpu"],
+    "tpu_schedule": ["libtpu"],
     "gpu_compile": ["jax_cuda13_plugin"],
     "examples_compile": ["libtpu", "jax_cuda13_plugin"],
 }
