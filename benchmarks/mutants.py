@@ -197,10 +197,16 @@ def child(place: Path, tests: list[str], log: Path) -> None:
     os._exit(status)
 
 
-def warm() -> None:
-    """Imports what tests import, once for all; no JAX backend is made here."""
+def warm(cache: Path) -> None:
+    """Imports what tests import, once for all; no JAX backend is made here.
+
+    Mutants share what they compile: a fault changes few programs.
+    """
     flag = "--xla_force_host_platform_device_count=8"
     os.environ["XLA_FLAGS"] = flag
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     import chex  # noqa: F401
     import flax.nnx  # noqa: F401
     import matplotlib.figure  # noqa: F401
@@ -252,7 +258,7 @@ def run(
     chosen: list[Mutant], folder: Path, jobs: int, variants: bool, save: Callable
 ) -> None:
     lines, times = reach(folder)
-    warm()
+    warm(folder / "compiled")
     queue = list(reversed(chosen))
     free = [Worker(folder, n) for n in range(jobs)]
     busy: dict[int, Worker] = {}
