@@ -1,19 +1,21 @@
 """Why does a clip move other bytes on a TPU than Optax's, which reads as much?
 
 From the norm to the update, a TPU keeps what it can of the gradients in its vector
-memory. How much that is, the compiler's schedule of the whole program decides. This
-compiles clips written here by hand, each different by one part from the first: parts
-that read nothing but scalars, or read the gradients no other time.
+memory. The compiler's schedule of the whole program decides how much that is. This
+script compiles clips written by hand, which differ from the first one by a single part.
+Such a part reads only scalars, or uses the same read of the gradients. The script also
+compiles `clip_by_global_norm` with one sum of squares in place of three.
 
     .venv-tpu/bin/python benchmarks/tpu_schedule.py
 
-The environment is that of `tpu_compile.py`, whose README says how to make it.
+It needs the environment of `tpu_compile.py`, which says how to make it.
 """
 
 import functools
 import importlib.metadata
 import operator
 from typing import Any, NamedTuple
+from unittest import mock
 
 # Before JAX: on import it sees to it that no TPU is looked for.
 from tpu_compile import topologies
@@ -26,6 +28,9 @@ import jax.numpy as jnp
 import optax
 from _deviceless import measure
 from _optimizers import Entry
+
+import optaxclip
+from optaxclip._norms import roots
 
 
 class Parts(NamedTuple):
@@ -86,6 +91,20 @@ def norm_of(leaves: list[jax.Array], parts: Parts) -> jax.Array:
     return jnp.sqrt(chosen) * jnp.where(high, large, jnp.where(low, 1 / large, 1))
 
 
+def with_one_sum(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The clip, whose norm is the root of one sum of plain squares."""
+
+    def plain(leaves: Any, sums: Any, count: int) -> Any:
+        return [jnp.sqrt(total) for total in sums(leaves, [None], jnp.float32)[0]]
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        jax.clear_caches()  # of the norm as it is
+        with mock.patch.object(roots, "_in_three_units", plain):
+            return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 def main() -> None:
     options = _measure.arguments(
         __doc__,
@@ -93,7 +112,12 @@ def main() -> None:
         topologies=("v5e:1x1,v5e:2x2", "v5e:1x1", "topologies to compile for"),
         dtypes=("float32,bfloat16", "float32", "of parameters and gradients"),
     )
-    clips = {"optax.clip_by_global_norm": optax.clip_by_global_norm(1.0)}
+    ours = optaxclip.clip_by_global_norm(1.0)
+    clips = {
+        "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
+        "clip_by_global_norm": ours,
+        "the same with one sum of plain squares": with_one_sum(ours),
+    }
     clips |= {name: clip(parts) for name, parts in VARIANTS.items()}
     entries = {"adamw": Entry(lambda: optax.adamw(1e-3))}
     for name, tx in clips.items():

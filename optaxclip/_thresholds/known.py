@@ -6,7 +6,7 @@ Rule = optax.GradientTransformation | optax.GradientTransformationExtraArgs
 
 
 class KnownRule(optax.GradientTransformationExtraArgs):
-    """A rule of this package; any other one is tried out by ``init``, for a second."""
+    """A rule of this package, which ``init`` does not have to try out."""
 
 
 def known(rule: Rule, *parts: Rule) -> optax.GradientTransformationExtraArgs:

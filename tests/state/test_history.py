@@ -37,8 +37,9 @@ def clip_and_step(axis_name=None):
 
 def train(tx, sizes, state=None, **extra):
     state = tx.init(PARAMS) if state is None else state
+    update = jax.jit(tx.update)
     for size in sizes:
-        _, state = tx.update(grads_of(size), state, PARAMS, **extra)
+        _, state = update(grads_of(size), state, PARAMS, **extra)
     return state
 
 

@@ -68,7 +68,9 @@ def test_parameters_of_flax_nnx_with_shardings(kind, devices, name):
     x = jnp.ones((2, 8))
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         model = Sharded()
-        optimizer = nnx.Optimizer(model, everything(make), wrt=nnx.Param)
+        tx = everything(make)
+        tx = tx._replace(init=jax.jit(tx.init))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
         def step(model, optimizer):
             optimizer.update(model, nnx.grad(sharded_loss)(model, x))
