@@ -17,6 +17,7 @@ counts twice. AdamW alone moves 7 times the gradients: it reads 4 arrays, writes
 
 import importlib.metadata
 import os
+from typing import Any
 
 # Before JAX is imported: no TPU is looked for, and the compiler is told of one.
 os.environ |= {
@@ -32,6 +33,17 @@ from _deviceless import measure
 from jax.experimental import topologies
 
 
+def compare(doc: str, options: Any, **how: Any) -> None:
+    """Prints and saves a table for each topology and dtype that the options name."""
+    tables = []
+    for name in options.topologies.split(","):
+        topology = topologies.get_topology_desc(topology_name=name, platform="tpu")
+        for dtype in options.dtypes.split(","):
+            tables.append(measure(topology.devices, dtype, options, **how))
+    libtpu = importlib.metadata.version("libtpu")
+    _measure.save(doc, options, tables, device="tpu", libtpu=libtpu)
+
+
 def main() -> None:
     options = _measure.arguments(
         __doc__,
@@ -40,13 +52,7 @@ def main() -> None:
         dtypes=("float32,bfloat16", "float32", "of parameters and gradients"),
         only=("all", "clip_by_global_norm", "optimizers, beside their references"),
     )
-    tables = []
-    for name in options.topologies.split(","):
-        topology = topologies.get_topology_desc(topology_name=name, platform="tpu")
-        for dtype in options.dtypes.split(","):
-            tables.append(measure(topology.devices, dtype, options))
-    libtpu = importlib.metadata.version("libtpu")
-    _measure.save(__doc__, options, tables, device="tpu", libtpu=libtpu)
+    compare(__doc__, options)
 
 
 if __name__ == "__main__":

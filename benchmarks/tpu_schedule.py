@@ -1,4 +1,4 @@
-"""Why does a clip move other bytes on a TPU than Optax's, which reads as much?
+"""Why does a clip move more bytes on a TPU than Optax's, which reads as much?
 
 From the norm to the update, a TPU keeps what it can of the gradients in its vector
 memory. The compiler's schedule of the whole program decides how much that is. This
@@ -12,13 +12,12 @@ It needs the environment of `tpu_compile.py`, which says how to make it.
 """
 
 import functools
-import importlib.metadata
 import operator
 from typing import Any, NamedTuple
 from unittest import mock
 
 # Before JAX: on import it sees to it that no TPU is looked for.
-from tpu_compile import topologies
+import tpu_compile
 
 # isort: split
 
@@ -26,21 +25,20 @@ import _measure
 import jax
 import jax.numpy as jnp
 import optax
-from _deviceless import measure
 from _optimizers import Entry
 
 import optaxclip
-from optaxclip._norms import roots
+from optaxclip._norms import euclidean, roots
 
 
 class Parts(NamedTuple):
-    """What a clip has on top of a norm, its scale and both in the state."""
+    """What a clip has, besides a norm and a scale that it keeps in its state."""
 
-    divides: bool = False  # each element by the norm, as Optax does
-    counts: bool = False  # the steps
-    bounds: bool = False  # the threshold, a constant, in the state, too
-    in_pairs: bool = False  # adds up the sums of the leaves
-    in_three_units: bool = False  # takes each sum, in the same read
+    divides: bool = False  # divides each element by the norm, as Optax does
+    counts: bool = False  # counts the steps
+    bounds: bool = False  # keeps the threshold, a constant, in its state, too
+    in_pairs: bool = False  # adds up the sums of leaves, and not in turn
+    in_three_units: bool = False  # takes each sum three times, in one read
 
 
 VARIANTS = {
@@ -49,7 +47,7 @@ VARIANTS = {
     "and the threshold, a constant": Parts(bounds=True),
     "and sums added up in pairs": Parts(in_pairs=True),
     "and sums in three units": Parts(in_three_units=True),
-    "all of these": Parts(False, True, True, True, True),
+    "all of these": Parts(counts=True, bounds=True, in_pairs=True, in_three_units=True),
     "Optax's formula, the norm in the state": Parts(divides=True),
 }
 
@@ -75,12 +73,13 @@ def clip(parts: Parts) -> optax.GradientTransformation:
 
 
 def norm_of(leaves: list[jax.Array], parts: Parts) -> jax.Array:
+    in_turn = functools.partial(functools.reduce, operator.add)
+    add_up = euclidean._total if parts.in_pairs else in_turn
+
     def total(unit: float) -> jax.Array:
-        sums = [jnp.sum(jnp.square(unit * x.astype(jnp.float32))) for x in leaves]
-        while parts.in_pairs and len(sums) > 1:
-            pairs = zip(sums[::2], sums[1::2], strict=False)
-            sums = [a + b for a, b in pairs] + sums[len(sums) // 2 * 2 :]
-        return functools.reduce(operator.add, sums)
+        return add_up(
+            [jnp.sum(jnp.square(unit * x.astype(jnp.float32))) for x in leaves]
+        )
 
     if not parts.in_three_units:
         return jnp.sqrt(total(1))
@@ -123,14 +122,7 @@ def main() -> None:
     for name, tx in clips.items():
         make = functools.partial(optax.chain, tx, optax.adamw(1e-3))
         entries[name] = Entry(make, None)
-    tables = []
-    for name in options.topologies.split(","):
-        topology = topologies.get_topology_desc(topology_name=name, platform="tpu")
-        for dtype in options.dtypes.split(","):
-            table = measure(topology.devices, dtype, options, entries=entries)
-            tables.append(table)
-    libtpu = importlib.metadata.version("libtpu")
-    _measure.save(__doc__, options, tables, device="tpu", libtpu=libtpu)
+    tpu_compile.compare(__doc__, options, entries=entries)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_a_norm_is_one_read_and_no_copy(norm, dtype):
     assert counted["temp_bytes"] <= (0.02 + again) * grad_bytes
 
 
-MANY = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(100)}
+MANY = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(150)}
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def percentile_of_leaves(factor):
 @pytest.mark.parametrize(
     ("make", "theirs", "most", "before_0_11"),  # which fuses across barriers
     [
-        (optaxclip.clip_by_global_norm, optax.clip_by_global_norm, 1.16, 1.16),
+        (optaxclip.clip_by_global_norm, optax.clip_by_global_norm, 1.15, 1.15),
         (optaxclip.clip_by_leaf_norm, optax.clip_by_block_rms, 1.22, 1.45),
         (optaxclip.clip_by_block_rms, optax.clip_by_block_rms, 1.25, 1.6),
         (percentile_of_leaves, optax.clip_by_block_rms, 1.5, 1.95),
@@ -160,30 +160,33 @@ def test_many_leaves_are_few_arrays_of_a_state(make, arrays):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "most"),
     [
-        # Windows that no other test has, whose programs it has not compiled yet.
-        lambda: optaxclip.clip_by_percentile(window=997),
-        lambda: optaxclip.clip_by(
-            optaxclip.global_norm,
-            optax.chain(optaxclip.quantile(0.5, 991), optax.scale(2.0)),
+        (lambda window: optaxclip.clip_by_percentile(window=window), 1),
+        (
+            lambda window: optaxclip.clip_by(
+                optaxclip.global_norm,
+                optax.chain(optaxclip.quantile(0.5, window), optax.scale(2.0)),
+            ),
+            2,
         ),
     ],
     ids=["a rule of the package", "a rule to be tried out"],
 )
-def test_init_compiles_few_programs(make):
+def test_init_compiles_few_programs(make, most):
     """Whoever calls it without `jit` waits for each of them."""
-    compiled = []
+    compiled, params = [], {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    make(991).init(params)  # whatever depends on no window
 
     def listen(event, duration, **about):
         compiled.extend([event] * event.endswith("backend_compile_duration"))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        make().init({"w": jnp.ones((3, 2)), "b": jnp.ones(2)})
+        make(997).init(params)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert 0 < len(compiled) <= 12
+    assert 0 < len(compiled) <= most
 
 
 def test_a_clip_makes_no_callback_no_sort_and_no_loop():

@@ -375,6 +375,19 @@ def test_axis_names_of_whole_leaves_change_nothing_where_types_tell():
     assert_same_run(run_mapped(tx, (4, 2), TWO_AXES), "clip_by_percentile")
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_an_optimizer_in_place_of_a_rule_is_refused_there_too(check_vma):
+    tx = optaxclip.clip_by(optaxclip.global_norm, optax.sgd(0.1), axis_name=())
+    with pytest.raises(ValueError, match=r"threshold.*negative, as the updates"):
+        jax.shard_map(
+            tx.init,
+            mesh=mesh(KINDS["auto"], 4, 2),
+            in_specs=P(),
+            out_specs=P(),
+            check_vma=check_vma,
+        )(jnp.ones(3))
+
+
 @pytest.mark.parametrize(
     ("norm", "ord"), [(optaxclip.global_norm, 2), (optaxclip.leaf_norm, np.inf)]
 )

@@ -68,9 +68,7 @@ def test_parameters_of_flax_nnx_with_shardings(kind, devices, name):
     x = jnp.ones((2, 8))
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         model = Sharded()
-        tx = everything(make)
-        tx = tx._replace(init=jax.jit(tx.init))
-        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        optimizer = nnx.Optimizer(model, everything(make), wrt=nnx.Param)
 
         def step(model, optimizer):
             optimizer.update(model, nnx.grad(sharded_loss)(model, x))
@@ -149,7 +147,7 @@ def test_equinox_freezes_layers_its_own_way():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for make in ONE_OF_EACH.values():
             tx = optax.chain(make(LOW), optax.sgd(0.1))
-            state = eqx.filter_jit(tx.init)(eqx.filter(model, eqx.is_inexact_array))
+            state = tx.init(eqx.filter(model, eqx.is_inexact_array))
             trained, frozen = eqx.partition(model, spec)
 
             def loss(trained, frozen=frozen):

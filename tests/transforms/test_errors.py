@@ -311,6 +311,13 @@ MESSAGES = {
         f"`skip_by(threshold=...)` must be {RULE}, got one whose thresholds are "
         f"negative, as the updates of an optimizer are: {CHAINED}.",
     ),
+    "an optimizer among the lowest": (
+        lambda: optaxclip.clip_by(
+            optaxclip.global_norm, optaxclip.lowest(1.0, SGD)
+        ).init(GRADS),
+        f"`clip_by(threshold=...)` must be {RULE}, got one whose thresholds are "
+        f"negative, as the updates of an optimizer are: {CHAINED}.",
+    ),
     "a clip for a rule": (
         lambda: optaxclip.skip_by(SGD, threshold=optaxclip.zclip()).init(GRADS),
         f"`skip_by(threshold=...)` must be {RULE}, got a clip or a skip: {CHAINED}.",
