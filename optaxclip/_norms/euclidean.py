@@ -72,12 +72,13 @@ def _closed_form(leaves: Arrays, by: By, shares: Shares) -> Arrays:
         counts = [sum(group) for group in by.members(sizes)]
         dtypes = [accumulator(*x) for x in by.members([x.dtype for x in leaves])]
         sums = functools.partial(_group_sums, groups=by, shares=shares)
-        in_float64 = len(counts) > 1 or counts[0] < MANY
+        one_of_many = len(counts) == 1 and counts[0] >= MANY
+        in_float64 = [] if one_of_many else ["cpu"]
     else:
         counts = [_count(*row) for row in zip(leaves, by, shares, strict=True)]
         dtypes = [accumulator(x.dtype) for x in leaves]
         sums = functools.partial(_separate_sums, axes=by, shares=shares)
-        in_float64 = len(leaves) == by.count(None) or _mean_size(leaves) < MANY
+        in_float64 = _in_float64(leaves, of_leaves=len(leaves) == by.count(None))
     norms = roots(leaves, sums, counts, in_float64)
     return [norm.astype(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
 
@@ -149,8 +150,14 @@ def _separate_sums(
     ]
 
 
-def _mean_size(leaves: Arrays) -> float:
-    return sum(leaf.size for leaf in leaves) / len(leaves)
+def _in_float64(leaves: Arrays, of_leaves: bool) -> list[str]:
+    """The platforms on which norms of leaves or units are sums in float64."""
+    if of_leaves:
+        return ["cpu"]
+    on_gpu = ["cuda", "rocm"]
+    mean_size = sum(leaf.size for leaf in leaves) / len(leaves)
+    on_cpu = mean_size < MANY or jax.device_count() > 1
+    return [*on_gpu, "cpu"] if on_cpu else on_gpu
 
 
 def _count(leaf: jax.Array, axis: Axes, share: MeshAxes) -> int:

@@ -5,17 +5,19 @@ of two, a unit, have squares that do not, and neither have float32 numbers in fl
 
 XLA for GPU and TPU takes several sums in one read, whose time is that of memory. There,
 each sum is taken in three units, and the one that is sound is chosen. No device waits
-for a norm, and a TPU keeps gradients that it has fetched.
+for a norm, and a TPU keeps gradients that it has fetched. But of columns, XLA for GPU
+takes one sum in a read, so on a GPU the norms of units are sums in float64.
 
 XLA for CPU would read three times. There, most sums are taken in float64. No norm then
 waits for another one, and the program is short, but the sum of a leaf takes a third
 longer than in float32, and sums of its columns take longer still. So two kinds are
-taken in float32: the one sum of a large tree, and those of the columns of large leaves.
-Only if such a sum overflowed or nearly vanished, a conditional takes it again.
+taken in float32: the one sum of a large tree, and, on a single device, those of the
+columns of large leaves. Only if such a sum overflowed or nearly vanished, a conditional
+takes it again. (Several devices would need one more all-reduce to agree on it.)
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -34,24 +36,22 @@ RARE = "sums_taken_again"
 
 
 def roots(
-    leaves: Arrays, sums: Sums, counts: Sequence[int], in_float64: bool
+    leaves: Arrays, sums: Sums, counts: Sequence[int], in_float64: Collection[str]
 ) -> Arrays:
     """The roots of all sums, each from a sum that is sound.
 
-    ``counts`` has the number of squares in each sum, over all devices. Where not
-    ``in_float64``, a CPU takes them in float32, with a conditional.
+    ``counts`` has the number of squares in each sum, over all devices, and
+    ``in_float64`` the platforms on which float64 is the best way to take these sums.
     """
     dtype = accumulator(*(x.dtype for x in leaves))
     if all(_squares_fit(x.dtype) for x in leaves):
         return [jnp.sqrt(total) for total in sums(leaves, [None], dtype)[0]]
-    on_cpu = functools.partial(_with_branch, sums=sums, counts=counts)
-    if in_float64 and dtype == jnp.float32:
-        on_cpu = functools.partial(_in_float64, sums=sums)
-    return lax.platform_dependent(
-        leaves,
-        cpu=on_cpu,
-        default=functools.partial(_in_three_units, sums=sums, count=len(counts)),
-    )
+    ways = {"cpu": functools.partial(_with_branch, sums=sums, counts=counts)}
+    if dtype == jnp.float32:
+        way = functools.partial(_in_float64, sums=sums)
+        ways |= dict.fromkeys(in_float64, way)
+    default = functools.partial(_in_three_units, sums=sums, count=len(counts))
+    return lax.platform_dependent(leaves, **ways, default=default)
 
 
 def _squares_fit(dtype: Any) -> bool:

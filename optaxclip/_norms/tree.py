@@ -88,8 +88,7 @@ def leaf_norm(tree: PyTree, ord: Ord = 2, *, axis_name: AxisName = None) -> PyTr
     Returns:
       A tree of float32 scalars (float64 for float64 leaves), with an
       ``optax.MaskedNode`` in place of each leaf that is not a gradient. A leaf without
-      elements has norm 0. On a CPU, so does a leaf whose elements are all below 1e-19,
-      because their squares vanish, unless the squares of all leaves vanish.
+      elements has norm 0.
 
     Raises:
       ValueError: as :func:`global_norm` does.
@@ -128,7 +127,9 @@ def unit_norm(
 
     Returns:
       As :func:`leaf_norm`, but each leaf keeps its rank: the summed axes have length
-      1, so that a norm broadcasts against its leaf.
+      1, so that a norm broadcasts against its leaf. On a single CPU device, if leaves
+      have 131,072 elements or more on average, a unit whose elements are all below
+      1e-19 has norm 0, because their squares vanish, unless those of all units vanish.
 
     Raises:
       ValueError: as :func:`global_norm` does; a leaf lacks one of the axes; ``axis``

@@ -116,16 +116,31 @@ def test_one_all_reduce_for_a_whole_tree(name, kind):
     assert {name: of["count"] for name, of in collectives.items()} == {"all-reduce": 1}
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(64, {}), (1024, {"all-reduce": 1})])
-def test_units_that_lie_whole_on_a_device(rows, expected):
-    """Columns of large leaves are asked, once, whether they vanished."""
+def test_units_that_lie_whole_on_a_device():
     on = mesh(KINDS["explicit"], 8)
-    place = jax.NamedSharding(on, P(None, "x"))
-    tree = [jax.ShapeDtypeStruct((rows, 128), jnp.float32, sharding=place)] * 3
+    tree = [large(jax.NamedSharding(on, P(None, "x")))] * 3
     norm = functools.partial(optaxclip.unit_norm, axis=0)
     with jax.set_mesh(on):
         collectives = figures(jax.jit(norm).lower(tree).compile())["collectives"]
-    assert {name: of["count"] for name, of in collectives.items()} == expected
+    assert not collectives
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=["cut", "whole"])
+def test_one_all_reduce_for_units_of_gradients_and_parameters(spec):
+    """Of the sums where units are cut, and else of whether all of them are finite."""
+    on, tx = mesh(KINDS["auto"], 8), optaxclip.adaptive_grad_clip(0.1)
+    tree = [large(jax.NamedSharding(on, spec))] * 3
+    with jax.set_mesh(on):
+        state = jax.eval_shape(tx.init, tree)
+        program = jax.jit(tx.update).lower(tree, state, tree).compile()
+    collectives = figures(program)["collectives"]
+    assert {name: of["count"] for name, of in collectives.items()} == {"all-reduce": 1}
+    assert "conditional(" not in program.as_text()
+
+
+def large(sharding):
+    """Of more elements than a single device sums without a branch."""
+    return jax.ShapeDtypeStruct((1024, 128), jnp.float32, sharding=sharding)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -305,3 +305,19 @@ def test_squares_that_vanish_on_many_devices_are_seen_in_their_sum():
     norms = jax.vmap(norm, axis_name="d")(shares)
     expected = np.linalg.norm(shares.astype(np.float64))
     np.testing.assert_allclose(norms, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "platforms"),
+    [
+        (optaxclip.global_norm, {"cpu"}),
+        (optaxclip.leaf_norm, {"cpu"}),
+        (optaxclip.unit_norm, {"cpu", "cuda", "rocm"}),
+    ],
+)
+def test_where_sums_are_taken_in_float64(norm, platforms):
+    """On a GPU only those of units: of several sums of columns XLA makes copies."""
+    traced = jax.jit(norm).trace({"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)})
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("f64" in text) == (platform in platforms), platform
