@@ -12,7 +12,6 @@ It needs the environment of `tpu_compile.py`, which says how to make it.
 """
 
 import functools
-import operator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -73,8 +72,7 @@ def clip(parts: Parts) -> optax.GradientTransformation:
 
 
 def norm_of(leaves: list[jax.Array], parts: Parts) -> jax.Array:
-    in_turn = functools.partial(functools.reduce, operator.add)
-    add_up = euclidean._total if parts.in_pairs else in_turn
+    add_up = euclidean._in_pairs if parts.in_pairs else euclidean._in_turn
 
     def total(unit: float) -> jax.Array:
         return add_up(

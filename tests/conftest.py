@@ -84,12 +84,14 @@ get_compile_options = compiler.get_compile_options
 
 # Where the optimized program is itself what is tested: its numbers and its cost.
 OPTIMIZED = {
-    "norms",
-    "thresholds",
     "test_budget",
+    "test_extremes",
     "test_measure",
+    "test_norms",
     "test_parity",
+    "test_quantile",
     "test_sharded_jit",  # equal to rounding
+    "test_zscore",
 }
 
 

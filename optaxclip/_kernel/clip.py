@@ -6,6 +6,7 @@ guaranteed here once holds for every clip.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -188,5 +189,18 @@ def _record(state: ClipState, decision: Decision, scales: Norms) -> ClipState:
         clip_count=count_if(usable & ~unchanged, state.clip_count),
         nonfinite_count=count_if(~usable, state.nonfinite_count),
         rule_state=decision.rule_state,
-        clip_metrics=ClipMetrics(decision.kept_norms, thresholds, scales),
+        clip_metrics=ClipMetrics(
+            decision.kept_norms, _no_constant(thresholds, state), scales
+        ),
     )
+
+
+def _no_constant(thresholds: Norms, state: ClipState) -> Norms:
+    """The thresholds, but to XLA they are no constants.
+
+    With a constant among the results of a step, XLA for TPU keeps fewer gradients from
+    the norm to the update: `benchmarks/tpu_schedule.py` shows it.
+    """
+    old = state.clip_metrics.clip_threshold
+    later = state.step_count >= 0  # always
+    return jax.tree.map(functools.partial(jnp.where, later), thresholds, old)

@@ -123,14 +123,21 @@ def _group_sums(
     sums = sums_of_squares(leaves, [None] * len(leaves), of_leaves, dtype)
     # One reduction over devices for all groups in all units.
     members = [group for of in sums for group in groups.members(of)]
-    totals = reduce_totals(members, groups.members(shares) * len(units), _total)
+    # Several units are for GPU and TPU, see `roots`.
+    total = _in_pairs if len(units) == 1 else _in_turn
+    totals = reduce_totals(members, groups.members(shares) * len(units), total)
     count = len(totals) // len(units)
     return [totals[i : i + count] for i in range(0, len(totals), count)]
 
 
-def _total(sums: Arrays) -> jax.Array:
-    # In pairs, which loses less to rounding than one after the other. Of sums that are
-    # added, XLA makes one all-reduce of a single number; of stacked ones it does not.
+# Of sums that are added, XLA makes one all-reduce of a single number; of stacked ones it
+# does not. Adding them in pairs loses less to rounding. Added in turn, a TPU can keep
+# more of the gradients for the update: `benchmarks/tpu_schedule.py` shows it.
+def _in_turn(sums: Arrays) -> jax.Array:
+    return functools.reduce(operator.add, sums)
+
+
+def _in_pairs(sums: Arrays) -> jax.Array:
     while len(sums) > 1:
         pairs = zip(sums[::2], sums[1::2], strict=False)
         sums = [a + b for a, b in pairs] + sums[len(sums) // 2 * 2 :]

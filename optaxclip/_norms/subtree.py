@@ -45,8 +45,7 @@ def subtree_norm(
       such as ``"layers/0"``. Leaves that are not gradients are not counted, and a group
       without gradients is not in the dict. To JAX, the dict is a type of its own,
       which remembers the groups: ``dict(norms)`` makes a plain one, to be combined with
-      other dicts in ``jax.tree.map``, ``scan`` or ``cond``. On a CPU, groups whose
-      elements are all below 1e-19 have norm 0, unless that is true of all groups.
+      other dicts in ``jax.tree.map``, ``scan`` or ``cond``.
 
     Raises:
       ValueError: as :func:`global_norm` does; ``depth`` is not a positive integer; or

@@ -189,6 +189,15 @@ def test_init_compiles_few_programs(make, most):
     assert 0 < len(compiled) <= most
 
 
+def test_no_result_of_a_step_is_a_constant():
+    """With one, XLA for TPU keeps fewer gradients from the norm to the update."""
+    text = compiled_step(
+        optaxclip.clip_by_global_norm(1.0),
+        {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+    ).as_text()
+    assert not re.search(r"copy\(%?constant", text[text.index("ENTRY") :])
+
+
 def test_a_clip_makes_no_callback_no_sort_and_no_loop():
     """XLA for GPU leaves loops out of CUDA graphs, and the host waits for them."""
     text = compiled_step(

@@ -147,9 +147,11 @@ def test_no_leaf_waits_for_another_one():
     assert "stablehlo.case" not in lowered
 
 
-def test_a_tiny_leaf_beside_a_larger_one_has_its_own_norm():
-    norms = optaxclip.leaf_norm([jnp.full(4, 1e-25), jnp.ones(4)])
-    np.testing.assert_allclose(norms, [2e-25, 2.0], rtol=1e-6)
+def test_a_tiny_leaf_or_group_beside_a_larger_one_has_its_own_norm():
+    tree = [jnp.full(4, 1e-25), jnp.ones(4)]
+    of_groups = optaxclip.subtree_norm(tree).values()
+    for norms in (optaxclip.leaf_norm(tree), list(of_groups)):
+        np.testing.assert_allclose(norms, [2e-25, 2.0], rtol=1e-6)
 
 
 def test_tiny_units_beside_larger_ones(platform):
