@@ -93,8 +93,8 @@ def norm_of(leaves: list[jax.Array], parts: Parts) -> jax.Array:
 def with_one_sum(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The clip, whose norm is the root of one sum of plain squares."""
 
-    def plain(leaves: Any, sums: Any, count: int) -> Any:
-        return [jnp.sqrt(total) for total in sums(leaves, [None], jnp.float32)[0]]
+    def plain(leaves: Any, which: Any, take: Any) -> Any:
+        return [jnp.sqrt(x) for x in take(which, leaves, [None], jnp.float32)[0]]
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         jax.clear_caches()  # of the norm as it is

@@ -4,6 +4,7 @@ The derivative, g / |g|, is given in closed form, which makes it finite at zero.
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Groups(NamedTuple):
 
 
 # From so many squares on, float64 costs more than a conditional.
-MANY = 2**17
+MANY = 2**14
 
 By = Groups | tuple[Axes, ...]  # of each leaf: its group, or the axes of its units
 
@@ -71,15 +72,14 @@ def _closed_form(leaves: Arrays, by: By, shares: Shares) -> Arrays:
         sizes = [whole_size(x, share) for x, share in zip(leaves, shares, strict=True)]
         counts = [sum(group) for group in by.members(sizes)]
         dtypes = [accumulator(*x) for x in by.members([x.dtype for x in leaves])]
-        sums = functools.partial(_group_sums, groups=by, shares=shares)
-        one_of_many = len(counts) == 1 and counts[0] >= MANY
-        in_float64 = [] if one_of_many else ["cpu"]
+        take = functools.partial(_group_sums, groups=by, shares=shares)
+        few, of_columns = [i for i, count in enumerate(counts) if count < MANY], False
     else:
         counts = [_count(*row) for row in zip(leaves, by, shares, strict=True)]
         dtypes = [accumulator(x.dtype) for x in leaves]
-        sums = functools.partial(_separate_sums, axes=by, shares=shares)
-        in_float64 = _in_float64(leaves, of_leaves=len(leaves) == by.count(None))
-    norms = roots(leaves, sums, counts, in_float64)
+        take = functools.partial(_separate_sums, axes=by, shares=shares)
+        few, of_columns = _few(leaves, by), len(leaves) > by.count(None)
+    norms = roots(leaves, take, counts, few, of_columns)
     return [norm.astype(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
 
 
@@ -113,26 +113,31 @@ def _closed_form_jvp(
 
 
 def _group_sums(
+    which: Sequence[int],
     leaves: Arrays,
-    units: Sequence[Units],
+    units: Units,
     dtype: Any,
     groups: Groups,
     shares: Shares,
 ) -> list[Arrays]:
-    of_leaves = [of and [of[group] for group in groups.of] for of in units]
-    sums = sums_of_squares(leaves, [None] * len(leaves), of_leaves, dtype)
-    # One reduction over devices for all groups in all units.
-    members = [group for of in sums for group in groups.members(of)]
+    members = groups.members(range(len(leaves)))
+    chosen = [members[group] for group in which]
+    of_chosen = [leaves[i] for group in chosen for i in group]
+    sums = sums_of_squares(of_chosen, [None] * len(of_chosen), units, dtype)
+    rows, axes = [], [[shares[i] for i in group] for group in chosen]
+    for of in map(iter, sums):
+        rows += [list(itertools.islice(of, len(group))) for group in chosen]
     # Several units are for GPU and TPU, see `roots`.
     total = _in_pairs if len(units) == 1 else _in_turn
-    totals = reduce_totals(members, groups.members(shares) * len(units), total)
-    count = len(totals) // len(units)
-    return [totals[i : i + count] for i in range(0, len(totals), count)]
+    # One reduction over devices for all groups in all units.
+    totals = reduce_totals(rows, axes * len(units), total)
+    starts = range(0, len(totals), max(len(which), 1))
+    return [totals[i : i + len(which)] for i in starts] or [[] for _ in units]
 
 
-# Of sums that are added, XLA makes one all-reduce of a single number; of stacked ones it
-# does not. Adding them in pairs loses less to rounding. Added in turn, a TPU can keep
-# more of the gradients for the update: `benchmarks/tpu_schedule.py` shows it.
+# Of sums that are added, XLA makes one all-reduce of a single number; of stacked ones
+# it does not. Adding them in pairs loses less to rounding. Added in turn, a TPU can
+# keep more of the gradients for the update: `benchmarks/tpu_schedule.py` shows it.
 def _in_turn(sums: Arrays) -> jax.Array:
     return functools.reduce(operator.add, sums)
 
@@ -145,26 +150,28 @@ def _in_pairs(sums: Arrays) -> jax.Array:
 
 
 def _separate_sums(
+    which: Sequence[int],
     leaves: Arrays,
-    units: Sequence[Units],
+    units: Units,
     dtype: Any,
     axes: Sequence[Axes],
     shares: Shares,
 ) -> list[Arrays]:
+    of = [leaves[i] for i in which]
     return [
-        [reduce_sum(x, share) for x, share in zip(row, shares, strict=True)]
-        for row in sums_of_squares(leaves, axes, units, dtype)
+        [reduce_sum(x, shares[i]) for i, x in zip(which, row, strict=True)]
+        for row in sums_of_squares(of, [axes[i] for i in which], units, dtype)
     ]
 
 
-def _in_float64(leaves: Arrays, of_leaves: bool) -> list[str]:
-    """The platforms on which norms of leaves or units are sums in float64."""
-    if of_leaves:
-        return ["cpu"]
-    on_gpu = ["cuda", "rocm"]
-    mean_size = sum(leaf.size for leaf in leaves) / len(leaves)
-    on_cpu = mean_size < MANY or jax.device_count() > 1
-    return [*on_gpu, "cpu"] if on_cpu else on_gpu
+def _few(leaves: Arrays, axes: Sequence[Axes]) -> list[int]:
+    """The leaves whose sums a CPU takes in float64 at once."""
+    # Devices that share columns would need an all-reduce to agree on a conditional.
+    several = jax.device_count() > 1
+    rows = enumerate(zip(leaves, axes, strict=True))
+    return [
+        i for i, (x, axis) in rows if x.size < MANY or (several and axis is not None)
+    ]
 
 
 def _count(leaf: jax.Array, axis: Axes, share: MeshAxes) -> int:

@@ -8,16 +8,14 @@ each sum is taken in three units, and the one that is sound is chosen. No device
 for a norm, and a TPU keeps gradients that it has fetched. But of columns, XLA for GPU
 takes one sum in a read, so on a GPU the norms of units are sums in float64.
 
-XLA for CPU would read three times. There, most sums are taken in float64. No norm then
-waits for another one, and the program is short, but the sum of a leaf takes a third
-longer than in float32, and sums of its columns take longer still. So two kinds are
-taken in float32: the one sum of a large tree, and, on a single device, those of the
-columns of large leaves. Only if such a sum overflowed or nearly vanished, a conditional
-takes it again. (Several devices would need one more all-reduce to agree on it.)
+XLA for CPU would read three times. There, a sum is taken in float32, and a conditional
+of its own takes it again, in float64, if it overflowed or nearly vanished. So no norm
+waits for another one, and a leaf is scaled while it is in the cache. Sums of few
+squares are taken in float64 at once, which costs less than a conditional.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,29 +26,36 @@ from optaxclip._norms.gradients import accumulator
 from optaxclip._norms.squares import Units
 
 Arrays = list[jax.Array]
-# From leaves, units for each sum, and a dtype, to the sums in each of these units.
-Sums = Callable[[Arrays, Sequence[Units], Any], list[Arrays]]
+# From the numbers of sums, and all leaves, to these sums in each unit, in a dtype.
+Take = Callable[[Sequence[int], Arrays, Units, Any], list[Arrays]]
 
 # The scope of a compiled program, and of a profile, that a step ordinarily leaves out.
 RARE = "sums_taken_again"
 
 
 def roots(
-    leaves: Arrays, sums: Sums, counts: Sequence[int], in_float64: Collection[str]
+    leaves: Arrays,
+    take: Take,
+    counts: Sequence[int],
+    few: Sequence[int],
+    of_columns: bool,
 ) -> Arrays:
     """The roots of all sums, each from a sum that is sound.
 
-    ``counts`` has the number of squares in each sum, over all devices, and
-    ``in_float64`` the platforms on which float64 is the best way to take these sums.
+    ``counts`` has the number of squares in each sum, over all devices. ``few`` numbers
+    the sums that a CPU takes in float64 at once. A GPU takes those ``of_columns`` so.
     """
     dtype = accumulator(*(x.dtype for x in leaves))
+    every = range(len(counts))
     if all(_squares_fit(x.dtype) for x in leaves):
-        return [jnp.sqrt(total) for total in sums(leaves, [None], dtype)[0]]
-    ways = {"cpu": functools.partial(_with_branch, sums=sums, counts=counts)}
-    if dtype == jnp.float32:
-        way = functools.partial(_in_float64, sums=sums)
-        ways |= dict.fromkeys(in_float64, way)
-    default = functools.partial(_in_three_units, sums=sums, count=len(counts))
+        return [jnp.sqrt(total) for total in take(every, leaves, [None], dtype)[0]]
+    if dtype != jnp.float32:
+        few, of_columns = [], False
+    ways = {"cpu": functools.partial(_on_cpu, take=take, counts=counts, few=few)}
+    if of_columns:
+        on_gpu = functools.partial(_in_float64, which=every, take=take)
+        ways |= {"cuda": on_gpu, "rocm": on_gpu}
+    default = functools.partial(_in_three_units, which=every, take=take)
     return lax.platform_dependent(leaves, **ways, default=default)
 
 
@@ -60,12 +65,12 @@ def _squares_fit(dtype: Any) -> bool:
     return 2 * jnp.finfo(dtype).maxexp + 40 < wide.maxexp
 
 
-def _in_three_units(leaves: Arrays, sums: Sums, count: int) -> Arrays:
+def _in_three_units(leaves: Arrays, which: Sequence[int], take: Take) -> Arrays:
     dtype = accumulator(*(x.dtype for x in leaves))
     large = 2.0 ** (5 * jnp.finfo(dtype).maxexp // 8)
-    units: list[Units] = [None, [large] * count, [1 / large] * count]
+    sums = take(which, leaves, [None, large, 1 / large], dtype)
     norms = []
-    for plain, enlarged, reduced in zip(*sums(leaves, units, dtype), strict=True):
+    for plain, enlarged, reduced in zip(*sums, strict=True):
         # Above this, squares that vanished are too small to be seen in the sum. Below
         # it, the enlarged ones do not overflow.
         low, high = plain < large**-0.5, jnp.isinf(plain)
@@ -75,32 +80,35 @@ def _in_three_units(leaves: Arrays, sums: Sums, count: int) -> Arrays:
     return norms
 
 
-def _in_float64(leaves: Arrays, sums: Sums) -> Arrays:
+def _in_float64(leaves: Arrays, which: Sequence[int], take: Take) -> Arrays:
     with jax.enable_x64(True):
-        (totals,) = sums(leaves, [None], jnp.float64)
+        (totals,) = take(which, leaves, [None], jnp.float64)
         return [jnp.sqrt(total).astype(jnp.float32) for total in totals]
 
 
-def _with_branch(leaves: Arrays, sums: Sums, counts: Sequence[int]) -> Arrays:
-    """A sum of 0 needs no second look as long as another sum is positive."""
+def _on_cpu(
+    leaves: Arrays, take: Take, counts: Sequence[int], few: Sequence[int]
+) -> Arrays:
     dtype = accumulator(*(x.dtype for x in leaves))
-    info = jnp.finfo(dtype)
-    (totals,) = sums(leaves, [None], dtype)
+    exact = _in_float64 if dtype == jnp.float32 else _in_three_units
+    norms = dict(zip(few, exact(leaves, few, take), strict=True))
+    many = [i for i in range(len(counts)) if i not in norms]
+    for i, total in zip(many, take(many, leaves, [None], dtype)[0], strict=True):
+        again = functools.partial(exact, leaves, [i], take)
+        (norms[i],) = _sound(total, counts[i], again)
+    return [norms[i] for i in range(len(counts))]
+
+
+def _sound(total: jax.Array, count: int, again: Callable[[], Arrays]) -> Arrays:
+    """The root of a sum, which is taken again if it is not sound.
+
+    A sum of 0 needs no second look if it has others beside it, as those of columns do,
+    and one of them is positive.
+    """
+    info = jnp.finfo(total.dtype)
     # Squares that underflowed, each below the smallest normal number, can be seen in a
     # sum below this.
-    seen: Any = [max(count, 1) * float(info.tiny) / float(info.eps) for count in counts]
-    rows = list(zip(totals, seen, strict=True))
-    if len(totals) > 1 and not any(total.ndim for total in totals):
-        # Asked once of a vector: of many scalars it would be as many kernels.
-        whole = lax.optimization_barrier(jnp.stack(totals))
-        rows = [(whole, jnp.asarray(seen, dtype))]
-    off, some = jnp.zeros((2,), bool)
-    for total, least in rows:
-        off |= jnp.any(jnp.isinf(total) | ((total > 0) & (total < least)))
-        some |= jnp.any(total != 0)
-    again = functools.partial(_in_float64, sums=sums)
-    if dtype == jnp.float64:
-        again = functools.partial(_in_three_units, sums=sums, count=len(counts))
+    seen = max(count, 1) * float(info.tiny) / float(info.eps)
+    off = jnp.any(jnp.isinf(total) | ((total > 0) & (total < seen)))
     with jax.named_scope(RARE):
-        plain = [jnp.sqrt(total) for total in totals]
-        return lax.cond(off | ~some, again, lambda _: plain, leaves)
+        return lax.cond(off | ~jnp.any(total != 0), again, lambda: [jnp.sqrt(total)])

@@ -12,14 +12,11 @@ from jax import lax
 from optaxclip._norms.gradients import widen
 
 Axes = tuple[int, ...] | None
-Units = Sequence[Any] | None  # for each leaf (or sum) a number, or None for 1
+Units = Sequence[float | None]  # None for 1
 
 
 def sums_of_squares(
-    leaves: Sequence[jax.Array],
-    axes: Sequence[Axes],
-    units: Sequence[Units],
-    dtype: Any,
+    leaves: Sequence[jax.Array], axes: Sequence[Axes], units: Units, dtype: Any
 ) -> list[list[jax.Array]]:
     """For each of the units, and each leaf, the sum of ``(leaf * unit) ** 2``.
 
@@ -27,16 +24,15 @@ def sums_of_squares(
     several units are side by side, so that XLA for GPU and TPU takes them in one read.
     """
     sums: list[list[jax.Array]] = [[] for _ in units]
-    for i, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
+    for leaf, axis in zip(leaves, axes, strict=True):
         # The barrier keeps XLA from writing arrays that several fusions could share: a
         # widened copy of the leaf, or one full of a unit for leaves of one shape. And
         # it keeps XLA from multiplying by the square of a unit, which overflows.
-        factors = [1 if of is None else of[i] for of in units]
-        leaf, factors = lax.optimization_barrier((leaf, factors))
+        leaf, factors = lax.optimization_barrier((leaf, [unit or 1 for unit in units]))
         wide = widen(leaf, dtype)
         parts = [wide.real, wide.imag] if jnp.iscomplexobj(wide) else [wide]
-        for of, factor, found in zip(units, factors, sums, strict=True):
-            scaled = parts if of is None else [part * factor for part in parts]
+        for unit, factor, found in zip(units, factors, sums, strict=True):
+            scaled = parts if unit is None else [part * factor for part in parts]
             square = functools.reduce(operator.add, map(lax.square, scaled))
             found.append(jnp.sum(square, axis=axis, keepdims=axis is not None))
     return sums

@@ -127,9 +127,9 @@ def unit_norm(
 
     Returns:
       As :func:`leaf_norm`, but each leaf keeps its rank: the summed axes have length
-      1, so that a norm broadcasts against its leaf. On a single CPU device, if leaves
-      have 131,072 elements or more on average, a unit whose elements are all below
-      1e-19 has norm 0, because their squares vanish, unless those of all units vanish.
+      1, so that a norm broadcasts against its leaf. On a single CPU device, in a leaf
+      of 16,384 elements or more, a unit whose elements are all below 1e-19 has norm 0,
+      because their squares vanish, unless those of all units of the leaf vanish.
 
     Raises:
       ValueError: as :func:`global_norm` does; a leaf lacks one of the axes; ``axis``
