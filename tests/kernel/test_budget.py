@@ -79,7 +79,7 @@ def test_the_two_clips_of_adagc_read_the_gradients_once():
 
 def check_that_it_reads_once(name):
     moved, temporary, with_rare = cost(name)
-    written = squares(jnp.float32, wide=name in ("leaf", "layer", "rms", "adagc"))
+    written = squares(jnp.float32)
     again = squares(jnp.float32, wide=name != "value")  # where sums are off
     assert moved - cost("adamw")[0] <= 1.05 + 2 * written
     assert temporary <= 0.02 + again
@@ -112,7 +112,7 @@ def test_a_norm_is_one_read_and_no_copy(norm, dtype):
     grad_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     program = jax.jit(norm).lower(params).compile()
     counted = figures(program)
-    written = squares(dtype, wide=norm is optaxclip.leaf_norm)
+    written = squares(dtype)
     assert counted["bytes_moved"] <= (1.02 + 2 * written) * grad_bytes
     again = squares(dtype, wide=True)  # where sums are off
     assert counted["temp_bytes"] <= (0.02 + again) * grad_bytes
@@ -176,14 +176,15 @@ def test_many_leaves_are_few_arrays_of_a_state(make, arrays):
 def test_init_compiles_few_programs(make, most):
     """Whoever calls it without `jit` waits for each of them."""
     compiled, params = [], {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
-    make(991).init(params)  # whatever depends on no window
+    window = 990 + most  # which no other test has
+    make(980).init(params)  # whatever depends on no window
 
     def listen(event, duration, **about):
         compiled.extend([event] * event.endswith("backend_compile_duration"))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        make(997).init(params)
+        make(window).init(params)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert 0 < len(compiled) <= most

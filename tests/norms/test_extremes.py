@@ -142,6 +142,12 @@ def test_only_many_squares_on_a_cpu_have_a_branch(platform):
     assert lowered.count("applies stablehlo.add") == SUMS[platform]
 
 
+def test_sums_for_gpu_and_tpu_are_added_in_turn(platform):
+    """In pairs, for which a TPU moves bytes, small ones add up before they are lost."""
+    leaves = [jnp.ones(1), *[jnp.full(1, 2.0**-12)] * 15]
+    assert (optaxclip.global_norm(leaves) == 1) == (platform == "default")
+
+
 def test_no_leaf_waits_for_another_one(platform):
     lowered = jax.jit(optaxclip.leaf_norm).lower([jnp.ones(3), jnp.ones(4)]).as_text()
     branches = 2 if platform == "cpu, many" else 0

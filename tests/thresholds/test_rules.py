@@ -240,6 +240,7 @@ VALID = {quantile: {"q": 0.5, "window": 9}, tracked_quantile: {"q": 0.5, "rate":
         (zscore, "warmup", COUNT, [0, 2.0, True]),
         (zscore, "min_deviation", "non-negative", [-1.0]),
         (zscore, "floor", "non-negative", [np.nan]),
+        (zscore, "start", "a function such as `optaxclip.rules.moments`", ["mean"]),
         (window_zscore, "z_threshold", "positive", [0.0]),
         (window_zscore, "window", "an integer of at least 2", [1, 128.0, True]),
         (window_zscore, "min_count", "an integer from 2 to 128", [1, 129, 64.0]),
