@@ -154,6 +154,12 @@ def test_no_leaf_waits_for_another_one(platform):
     assert lowered.count('"stablehlo.case"') == branches
 
 
+def test_many_squares_that_vanish_beside_one_that_does_not():
+    leaf = jnp.concatenate([jnp.full(4096, 1e-20), jnp.full(1, 1e-18)])
+    norm = np.sqrt(4096 * 1e-40 + 1e-36)
+    np.testing.assert_allclose(optaxclip.global_norm(leaf), norm, rtol=1e-6)
+
+
 def test_a_tiny_leaf_or_group_beside_a_larger_one_has_its_own_norm():
     tree = [jnp.full(4, 1e-25), jnp.ones(4)]
     of_groups = optaxclip.subtree_norm(tree).values()

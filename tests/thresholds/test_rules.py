@@ -257,6 +257,14 @@ def test_bad_arguments(make, argument, rule, values):
             make(**VALID.get(make, {}) | {argument: value})
 
 
+@pytest.mark.parametrize("exponent", [-90, 90])
+def test_the_spread_of_a_window_has_no_scale_of_its_own(exponent):
+    rule, norms = window_zscore(1.0, window=8, min_count=2), lognormal(0.5, 30)
+    scaled, _ = scan(rule, norms * np.float32(2.0**exponent))
+    expected = scan(rule, norms)[0] * np.float32(2.0**exponent)
+    np.testing.assert_array_equal(scaled, expected)
+
+
 def test_the_spread_of_a_window_is_that_of_each_unit():
     rule = window_zscore(1.0, window=8, min_count=2)
     update = jax.jit(rule.update)
