@@ -167,6 +167,11 @@ def test_a_tiny_leaf_or_group_beside_a_larger_one_has_its_own_norm():
         np.testing.assert_allclose(norms, [2e-25, 2.0], rtol=1e-6)
 
 
+def test_a_unit_that_overflows_beside_one_that_does_not():
+    norms = optaxclip.unit_norm(jnp.array([[1e25, 1.0], [1e25, 1.0]]))
+    np.testing.assert_allclose(norms, [[2**0.5 * 1e25, 2**0.5]], rtol=1e-6)
+
+
 def test_tiny_units_beside_larger_ones(platform):
     """Where there is a branch, a unit that vanished may be dead: it needs no other."""
     norms = optaxclip.unit_norm(jnp.array([[1e-25, 1.0], [1e-25, 1.0]]))

@@ -206,6 +206,11 @@ MESSAGES = {
         "`clip_by_global_norm(max_norm=...)` must be a number that fits a float and is "
         "non-negative, got an integer too long to print.",
     ),
+    "a number in place of an optimizer to scale for": (
+        lambda: optaxclip.dynamic_loss_scale(1.0),
+        "`dynamic_loss_scale(inner=...)` must be an `optax.GradientTransformation`, got "
+        "1.0.",
+    ),
     "a text for a share": (
         lambda: optaxclip.dynamic_loss_scale(SGD, backoff_factor="0.5"),
         "`dynamic_loss_scale(backoff_factor=...)` must be a number that is above 0 and "
