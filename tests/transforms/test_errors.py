@@ -208,8 +208,8 @@ MESSAGES = {
     ),
     "a number in place of an optimizer to scale for": (
         lambda: optaxclip.dynamic_loss_scale(1.0),
-        "`dynamic_loss_scale(inner=...)` must be an `optax.GradientTransformation`, got "
-        "1.0.",
+        "`dynamic_loss_scale(inner=...)` must be an `optax.GradientTransformation`, "
+        "got 1.0.",
     ),
     "a text for a share": (
         lambda: optaxclip.dynamic_loss_scale(SGD, backoff_factor="0.5"),
