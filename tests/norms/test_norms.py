@@ -204,6 +204,7 @@ def test_vmap_measures_each_example_in_its_own_range(norm):
         (unit_axes.output_last, (3, 5, 7), (1, 1, 7)),
         (unit_axes.output_last, (7,), (1,)),
         (unit_axes.output_first, (7, 5, 3), (7, 1, 1)),
+        (unit_axes.output_first, (7, 5), (7, 1)),
         (unit_axes.output_first, (7,), (1,)),
         (unit_axes.stacked(unit_axes.output_last), (4, 5, 7), (4, 1, 7)),
         (unit_axes.stacked(unit_axes.output_last), (4, 7), (4, 1)),

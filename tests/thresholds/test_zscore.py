@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import assert_same_bits
 from streams import lognormal, scan, with_spikes
 
 from optaxclip import zscore
@@ -215,6 +216,14 @@ def test_it_has_no_scale_of_its_own(exponent):
     thresholds, _ = scan(rule, norms)
     scaled, _ = scan(rule, norms * np.float32(2.0**exponent))
     np.testing.assert_array_equal(scaled, thresholds * np.float32(2.0**exponent))
+
+
+def test_norms_of_zero_are_not_remembered():
+    """During the warm-up and after it."""
+    norms = lognormal(0.3, 100)
+    _, expected = scan(zscore(), norms)
+    _, state = scan(zscore(), np.insert(norms, [0, 10, 50, 50], np.float32(0)))
+    assert_same_bits(state, expected)
 
 
 def test_what_is_recorded_raw_opens_the_clip():

@@ -211,6 +211,10 @@ MESSAGES = {
         "`dynamic_loss_scale(inner=...)` must be an `optax.GradientTransformation`, "
         "got 1.0.",
     ),
+    "a number in place of a norm to skip by": (
+        lambda: optaxclip.skip_by(SGD, 1.0, norm=2.0),
+        "`skip_by(norm=...)` must be a function of a tree, got 2.0.",
+    ),
     "a text for a share": (
         lambda: optaxclip.dynamic_loss_scale(SGD, backoff_factor="0.5"),
         "`dynamic_loss_scale(backoff_factor=...)` must be a number that is above 0 and "
