@@ -35,7 +35,7 @@ class Groups(NamedTuple):
         return members
 
 
-# From so many squares on, float64 costs more than a conditional.
+# The number of squares from which on float64 costs more than a conditional.
 MANY = 2**14
 
 By = Groups | tuple[Axes, ...]  # of each leaf: its group, or the axes of its units
@@ -73,7 +73,7 @@ def _closed_form(leaves: Arrays, by: By, shares: Shares) -> Arrays:
         counts = [sum(group) for group in by.members(sizes)]
         dtypes = [accumulator(*x) for x in by.members([x.dtype for x in leaves])]
         take = functools.partial(_group_sums, groups=by, shares=shares)
-        few, of_columns = [i for i, count in enumerate(counts) if count < MANY], False
+        few, of_columns = [i for i, n in enumerate(counts) if _is_few(n)], False
     else:
         counts = [_count(*row) for row in zip(leaves, by, shares, strict=True)]
         dtypes = [accumulator(x.dtype) for x in leaves]
@@ -95,7 +95,8 @@ def _closed_form_jvp(
         x: jax.Array, dx: jax.Array, norm: jax.Array, axis: Axes, share: MeshAxes
     ) -> jax.Array:
         x, dx = widen(x, norm.dtype), widen(dx, norm.dtype)
-        # Inverses of norms above 2^126 would be subnormal, which XLA counts as 0.
+        # XLA divides by multiplying with the inverse, which is subnormal, hence 0 to
+        # it, for norms above 2^126.
         unit = jnp.where(norm > 2.0**64, 2.0**-64, jnp.ones_like(norm))
         product = (x.real * unit) / (norm * unit) * dx.real
         if jnp.iscomplexobj(x):
@@ -165,13 +166,18 @@ def _separate_sums(
 
 
 def _few(leaves: Arrays, axes: Sequence[Axes]) -> list[int]:
-    """The leaves whose sums a CPU takes in float64 at once."""
-    # Devices that share columns would need an all-reduce to agree on a conditional.
-    several = jax.device_count() > 1
-    rows = enumerate(zip(leaves, axes, strict=True))
-    return [
-        i for i, (x, axis) in rows if x.size < MANY or (several and axis is not None)
-    ]
+    """The leaves whose sums a CPU takes in float64 at once, see `roots`."""
+    few = {i for i, leaf in enumerate(leaves) if _is_few(leaf.size)}
+    of_columns = {i for i, axis in enumerate(axes) if axis is not None}
+    # Asked only where it matters, since it starts the backend of JAX.
+    if of_columns - few and jax.device_count() > 1:
+        few |= of_columns
+    return sorted(few)
+
+
+def _is_few(count: Any) -> bool:
+    """Whether float64 costs less than a conditional. It needs no count, if symbolic."""
+    return not isinstance(count, int) or count < MANY
 
 
 def _count(leaf: jax.Array, axis: Axes, share: MeshAxes) -> int:

@@ -1,17 +1,19 @@
 """Roots of sums of squares that overflow or vanish.
 
-Squares of float32 overflow above 1.8e19 and vanish below 1e-19. Numbers times a power
-of two, a unit, have squares that do not, and neither have float32 numbers in float64.
+Squares of float32 overflow above 1.8e19 and vanish below 1e-19. They do neither in
+float64, nor if the numbers are first multiplied by a power of two, a unit, that fits.
 
 XLA for GPU and TPU takes several sums in one read, whose time is that of memory. There,
-each sum is taken in three units, and the one that is sound is chosen. No device waits
-for a norm, and a TPU keeps gradients that it has fetched. But of columns, XLA for GPU
-takes one sum in a read, so on a GPU the norms of units are sums in float64.
+each sum is taken in three units, and the one that is sound is chosen. The host never
+waits for a norm, and a TPU can keep the gradients from the norm to the update. But of
+columns, XLA for GPU takes one sum in a read, so on a GPU the norms of units are sums in
+float64.
 
 XLA for CPU would read three times. There, a sum is taken in float32, and a conditional
 of its own takes it again, in float64, if it overflowed or nearly vanished. So no norm
 waits for another one, and a leaf is scaled while it is in the cache. Sums of few
-squares are taken in float64 at once, which costs less than a conditional.
+squares are taken in float64 at once, which costs less than a conditional. So are those
+of columns if there are several devices, which would need an all-reduce to agree on one.
 """
 
 import functools
@@ -102,13 +104,13 @@ def _on_cpu(
 def _sound(total: jax.Array, count: int, again: Callable[[], Arrays]) -> Arrays:
     """The root of a sum, which is taken again if it is not sound.
 
-    A sum of 0 needs no second look if it has others beside it, as those of columns do,
-    and one of them is positive.
+    Sums of columns are taken again together. One of 0 needs no second look as long as
+    another one is positive: it may be that of a dead unit.
     """
     info = jnp.finfo(total.dtype)
-    # Squares that underflowed, each below the smallest normal number, can be seen in a
-    # sum below this.
-    seen = max(count, 1) * float(info.tiny) / float(info.eps)
+    # Only in a sum below this do squares that underflowed matter: each was smaller than
+    # the smallest normal number.
+    seen = count * float(info.tiny) / float(info.eps)
     off = jnp.any(jnp.isinf(total) | ((total > 0) & (total < seen)))
     with jax.named_scope(RARE):
-        return lax.cond(off | ~jnp.any(total != 0), again, lambda: [jnp.sqrt(total)])
+        return lax.cond(off | ~jnp.any(total > 0), again, lambda: [jnp.sqrt(total)])

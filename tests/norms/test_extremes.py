@@ -172,6 +172,11 @@ def test_a_unit_that_overflows_beside_one_that_does_not():
     np.testing.assert_allclose(norms, [[2**0.5 * 1e25, 2**0.5]], rtol=1e-6)
 
 
+def test_tiny_units_beside_one_that_is_nan():
+    norms = optaxclip.unit_norm(jnp.array([[1e-25, 1.0], [1e-25, jnp.nan]]))
+    np.testing.assert_allclose(norms, [[2**0.5 * 1e-25, jnp.nan]], rtol=1e-6)
+
+
 def test_tiny_units_beside_larger_ones(platform):
     """Where there is a branch, a unit that vanished may be dead: it needs no other."""
     norms = optaxclip.unit_norm(jnp.array([[1e-25, 1.0], [1e-25, 1.0]]))

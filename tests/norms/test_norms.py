@@ -2,11 +2,14 @@
 
 import functools
 import math
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.extra.numpy
 import hypothesis.strategies as st
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -322,3 +325,24 @@ def test_where_sums_are_taken_in_float64(norm, platforms):
     for platform in ("cpu", "cuda", "rocm", "tpu"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("f64" in text) == (platform in platforms), platform
+
+
+def test_sizes_may_be_symbolic():
+    (rows,) = jax.export.symbolic_shape("rows")
+    tree = {"w": jax.ShapeDtypeStruct((rows, 4), jnp.float32)}
+    for norm in (optaxclip.leaf_norm, lambda t: {"w": optaxclip.global_norm(t)}):
+        exported = jax.export.export(jax.jit(norm))(tree)
+        assert exported.call({"w": jnp.full((9, 4), 0.5)})["w"] == 3.0
+
+
+def test_norms_of_shapes_start_no_backend():
+    """After one, `jax.distributed.initialize` would refuse to start."""
+    program = """
+import jax, optaxclip
+from jax._src import xla_bridge
+leaf = jax.ShapeDtypeStruct((200, 200), "float32")
+for norm in (optaxclip.global_norm, optaxclip.leaf_norm):
+    jax.eval_shape(optaxclip.clip_by(norm, 1.0).init, [leaf])
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

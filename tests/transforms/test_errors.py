@@ -212,7 +212,7 @@ MESSAGES = {
         "got 1.0.",
     ),
     "a number in place of a norm to skip by": (
-        lambda: optaxclip.skip_by(SGD, 1.0, norm=2.0),
+        lambda: optaxclip.skip_by(SGD, norm=2.0),
         "`skip_by(norm=...)` must be a function of a tree, got 2.0.",
     ),
     "a text for a share": (
