@@ -6,7 +6,6 @@ guaranteed here once holds for every clip.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -196,11 +195,13 @@ def _record(state: ClipState, decision: Decision, scales: Norms) -> ClipState:
 
 
 def _no_constant(thresholds: Norms, state: ClipState) -> Norms:
-    """The thresholds, but to XLA they are no constants.
+    """A single threshold, but to XLA it is no constant.
 
     With a constant among the results of a step, XLA for TPU keeps fewer gradients from
-    the norm to the update: `benchmarks/tpu_schedule.py` shows it.
+    the norm to the update: `benchmarks/tpu_schedule.py` shows it. Thresholds of units
+    stay as they are: those in the state may be sharded in another way.
     """
-    old = state.clip_metrics.clip_threshold
-    later = state.step_count >= 0  # always
-    return jax.tree.map(functools.partial(jnp.where, later), thresholds, old)
+    if not isinstance(thresholds, jax.Array) or thresholds.ndim:
+        return thresholds
+    old: Any = state.clip_metrics.clip_threshold
+    return jnp.where(state.step_count >= 0, thresholds, old)  # always the new one
