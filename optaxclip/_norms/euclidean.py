@@ -79,6 +79,8 @@ def _closed_form(leaves: Arrays, by: By, shares: Shares) -> Arrays:
         dtypes = [accumulator(x.dtype) for x in leaves]
         take = functools.partial(_separate_sums, axes=by, shares=shares)
         few, of_columns = _few(leaves, by), len(leaves) > by.count(None)
+    if few and any(shares):  # sums of two dtypes would be two all-reduces
+        few = list(range(len(counts)))
     norms = roots(leaves, take, counts, few, of_columns)
     return [norm.astype(dtype) for norm, dtype in zip(norms, dtypes, strict=True)]
 

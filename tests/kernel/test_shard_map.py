@@ -167,7 +167,8 @@ def test_one_all_reduce_for_a_whole_tree(name):
         "value": optaxclip.clip_by_value,
     }
     tx, on = clips[name](1.0), mesh(KINDS["auto"], 8)
-    params = [jax.ShapeDtypeStruct((16, 2048), jnp.float32)] * 3
+    # Of few elements on a device, and of many.
+    params = [jax.ShapeDtypeStruct((rows, 2048), jnp.float32) for rows in (16, 128, 16)]
     program = jax.shard_map(
         lambda g, s: tx.update(g, s), mesh=on, in_specs=(P("x"), P()),
         out_specs=(P("x"), P()),
