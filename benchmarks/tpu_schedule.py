@@ -4,9 +4,9 @@ From the norm to the update, a TPU keeps what it can of the gradients in its vec
 memory. The compiler's schedule of the whole program decides how much that is. This
 script compiles clips written by hand, which differ from the first one by a single part.
 Such a part reads only scalars, or uses the same read of the gradients. The package
-avoids those that cost bytes: it adds sums in turn, and no result of a step is a
-constant. The script also compiles `clip_by_global_norm` with one sum of squares in
-place of three.
+avoids two that cost bytes: it adds sums in turn, and to XLA a single threshold in its
+state is no constant. The script also compiles `clip_by_global_norm` with one sum of
+squares in place of three.
 
     .venv-tpu/bin/python benchmarks/tpu_schedule.py
 
